@@ -1,0 +1,24 @@
+"""The exceptions that megapoly raises for what a user can mend.
+
+Each message names the file or key, what was found, what was expected, and what to do.
+"""
+
+
+class MegapolyError(Exception):
+    """Base class: catch it to catch every error below."""
+
+
+class ConfigError(MegapolyError):
+    """A configuration that cannot be run, or that does not fit its surroundings."""
+
+
+class DataError(MegapolyError):
+    """A corpus, tokenizer or indexed dataset that is missing, damaged or does not fit."""
+
+
+class CheckpointError(MegapolyError):
+    """A checkpoint that is missing, damaged, or of another model or run."""
+
+
+class TrainingError(MegapolyError):
+    """A run that cannot go on: a non-finite loss, no counted token, a dead rank."""

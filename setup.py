@@ -1,0 +1,59 @@
+"""Packages, requirements and the C++ extension of megapoly."""
+
+import re
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "megapoly/__init__.py").read_text(encoding="utf-8"))
+
+DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "matplotlib>=3.7"]
+CONVERT = ["transformers>=4.40"]
+
+setup(
+    name="megapoly",
+    version=VERSION.group(1) if VERSION else "0",
+    description="Multilingual language models in 3D parallel, from raw text to an evaluated model",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["megapoly", "megapoly.*"]),
+        "megapoly_kernels",
+        *(f"megapoly_kernels.{name}" for name in find_packages("kernels/megapoly_kernels")),
+    ],
+    package_dir={"megapoly_kernels": "kernels/megapoly_kernels"},
+    package_data={"megapoly": ["data/*.pyi"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.24",
+        "sentencepiece>=0.2.0",
+        "safetensors>=0.4",
+        "pydantic>=2",
+        "typer>=0.12",
+        "rich>=13",
+        "tensorboard>=2.14",
+        "tomli>=2; python_version < '3.11'",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "convert": CONVERT,
+        "gpu": ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        # The tests also use megatron-core 0.15.3 where it is installed. It asks for numpy < 2, so it is installed
+        # without its dependencies: pip install --no-deps megatron-core==0.15.3
+        "dev": [*DEMO, *CONVERT, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+    },
+    entry_points={"console_scripts": ["megapoly = megapoly.cli:main"]},
+    ext_modules=[
+        Pybind11Extension(
+            "megapoly.data._index",
+            sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.cpp")),
+            depends=sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.h")),
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+    zip_safe=False,
+)
