@@ -1,0 +1,1 @@
+"""Kernels of megapoly, usable on their own. Imports nothing from megapoly."""
