@@ -1,0 +1,86 @@
+"""Embeddings: the vocabulary split over tp, the positions whole on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megapoly import comm
+from megapoly.context import Axis
+from megapoly.layers.call import GradSink, hand_over, parameter
+from megapoly.layers.linear import whole_spec
+from megapoly.spec import ParamSpec, shard
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows ``ids - start`` of ``weight``; ids outside its ``count`` rows give zeros. Summed over ``tp``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, start: int, count: int, tp: Axis, sink: Any) -> Tensor:
+        local = ids - start
+        inside = (local >= 0) & (local < count)
+        ctx.weight, ctx.sink = weight, sink
+        ctx.save_for_backward(local, inside)
+        if tp.size == 1:
+            return nn.functional.embedding(local, weight)
+        rows = nn.functional.embedding(local * inside, weight) * inside.unsqueeze(-1)
+        return comm.all_reduce(rows, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        local, inside = ctx.saved_tensors
+
+        def add(out: Tensor) -> None:
+            out.index_add_(0, local[inside], grads[0][inside].to(out.dtype))
+
+        return hand_over(ctx.sink, ctx.weight, add), None, None, None, None, None
+
+
+class VocabularyEmbedding(nn.Module):
+    """Weight ``[vocabulary, hidden]``, split along the vocabulary and padded where tp does not divide it.
+
+    Also the output layer's weight where it is tied. On a pipeline of several stages the first and the last hold a copy;
+    the gradient of each is a partial sum over the axis ``tied``, and the first stage owns it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        vocabulary: int,
+        hidden: int,
+        *,
+        std: float,
+        tp: Axis,
+        copy: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        shape = (vocabulary, hidden)
+        box, local = shard(shape, 0, tp.rank, tp.size, pad=True)
+        spec = ParamSpec(f"{name}.weight", shape, box, local, std=std)
+        if copy is not None:
+            spec = replace(spec, partial=("tied",), owner=copy == "first")
+        self.weight = parameter(spec, dtype, device)
+        self.start, self.count = box.start[0], box.shape[0]
+
+    def forward(self, tokens_SB: Tensor, sink: GradSink | None = None) -> Tensor:
+        return _Lookup.apply(self.weight, tokens_SB, self.start, self.count, self.tp, sink)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions, ``[positions, hidden]``."""
+
+    def __init__(
+        self, name: str, positions: int, hidden: int, *, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        spec = whole_spec(f"{name}.weight", (positions, hidden), tp, decay=True, std=std)
+        self.weight = parameter(spec, dtype, device)
+
+    def forward(self, positions_SB: Tensor, sink: GradSink | None = None) -> Tensor:
+        return _Lookup.apply(self.weight, positions_SB, 0, self.weight.shape[0], Axis("none"), sink)

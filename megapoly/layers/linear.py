@@ -1,0 +1,122 @@
+"""Tensor-parallel linear layers (Shoeybi et al., arXiv 1909.08053).
+
+A column-parallel layer holds a slice of the outputs and a row-parallel one a slice of the inputs. In a pair of them the
+activation between the two is never whole: one sum over tp ends the pair forward, one begins it backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megapoly import comm
+from megapoly.context import Axis
+from megapoly.layers.call import GradSink, hand_over, parameter
+from megapoly.spec import Index, ParamSpec, shard
+
+
+class _Linear(torch.autograd.Function):
+    """``y = x W^T + b`` with W ``[..., inputs]`` seen as a matrix; a sum over an axis forward or backward, or none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, forward: Axis | None, backward: Axis | None, sink: Any
+    ) -> Tensor:
+        ctx.axis, ctx.sink, ctx.weight, ctx.bias = backward, sink, weight, bias
+        ctx.save_for_backward(x)
+        matrix = weight.reshape(-1, weight.shape[-1])
+        flat_bias = None if bias is None else bias.reshape(-1)
+        if forward is None or forward.size == 1:
+            return torch.nn.functional.linear(x, matrix, flat_bias)
+        y = comm.all_reduce(x @ matrix.t(), forward)
+        return y if flat_bias is None else y.add_(flat_bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
+        outputs, inputs = weight.numel() // weight.shape[-1], weight.shape[-1]
+        dy = grads[0].reshape(-1, outputs)
+        pending = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight.reshape(outputs, inputs)
+            pending = comm.all_reduce_async(dx, ctx.axis or Axis("none"))
+        x_flat = x.reshape(-1, inputs)
+
+        def add_weight(out: Tensor) -> None:
+            matrix = out.view(outputs, inputs)
+            if matrix.dtype == dy.dtype:
+                matrix.addmm_(dy.t(), x_flat)
+            else:
+                matrix.add_(dy.t() @ x_flat)
+
+        d_weight = hand_over(ctx.sink, weight, add_weight)
+        d_bias = hand_over(ctx.sink, bias, lambda out: out.view(-1).add_(dy.sum(0, dtype=out.dtype)))
+        d_input = pending.wait().view(x.shape) if pending else None
+        return d_input, d_weight, d_bias, None, None, None
+
+
+def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sink: GradSink | None) -> Tensor:
+    """``x`` [S, B, inputs] whole -> [S, B, outputs of this rank]. The gradient of ``x`` is summed over ``tp``."""
+    return _Linear.apply(x, weight, bias, None, tp, sink)
+
+
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sink: GradSink | None) -> Tensor:
+    """``x`` [S, B, inputs of this rank] -> [S, B, outputs] whole, summed over ``tp``; the bias is added once."""
+    return _Linear.apply(x, weight, bias, tp, None, sink)
+
+
+class ColumnParallelLinear(nn.Module):
+    """Weight ``[*outputs, inputs]``, split along the first of ``outputs``; bias ``outputs``, split likewise.
+
+    Raises:
+        ValueError: if ``tp`` does not divide the first of ``outputs``.
+    """
+
+    def __init__(
+        self, name: str, inputs: int, outputs: Index, *, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        shape = (*outputs, inputs)
+        weight_box, weight_local = shard(shape, 0, tp.rank, tp.size)
+        bias_box, bias_local = shard(outputs, 0, tp.rank, tp.size)
+        self.weight = parameter(
+            ParamSpec(f"{name}.weight", shape, weight_box, weight_local, std=std), dtype, device
+        )
+        self.bias = parameter(
+            ParamSpec(f"{name}.bias", outputs, bias_box, bias_local, decay=False), dtype, device
+        )
+
+    def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
+        return column_linear(x, self.weight, self.bias, self.tp, sink)
+
+
+class RowParallelLinear(nn.Module):
+    """Weight ``[outputs, inputs]``, split along the inputs; bias ``[outputs]``, whole on every rank.
+
+    Raises:
+        ValueError: if ``tp`` does not divide ``inputs``.
+    """
+
+    def __init__(
+        self, name: str, inputs: int, outputs: int, *, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        box, local = shard((outputs, inputs), 1, tp.rank, tp.size)
+        self.weight = parameter(
+            ParamSpec(f"{name}.weight", (outputs, inputs), box, local, std=std), dtype, device
+        )
+        self.bias = parameter(whole_spec(f"{name}.bias", (outputs,), tp, decay=False), dtype, device)
+
+    def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
+        return row_linear(x, self.weight, self.bias, self.tp, sink)
+
+
+def whole_spec(name: str, shape: Index, tp: Axis, *, decay: bool, mean: float = 0.0, std: float = 0.0) -> ParamSpec:
+    """Spec of a parameter that every tensor-parallel rank holds whole; the first of them owns it."""
+    shard_box, local = shard(shape, 0, 0, 1)
+    return ParamSpec(name, shape, shard_box, local, owner=tp.rank == 0, decay=decay, mean=mean, std=std)

@@ -1,0 +1,54 @@
+"""LayerNorm whose weight gradients go to a sink."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megapoly.context import Axis
+from megapoly.layers.call import GradSink, accumulation_dtype, hand_over, parameter
+from megapoly.layers.linear import whole_spec
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, sink: Any) -> Tensor:
+        wide = accumulation_dtype(x.dtype)
+        w, b = weight.to(wide), bias.to(wide)
+        y, mean, scale = torch.native_layer_norm(x.to(wide), w.shape, w, b, epsilon)
+        ctx.sink, ctx.weight, ctx.bias = sink, weight, bias
+        ctx.save_for_backward(x, mean, scale)
+        return y.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, scale = ctx.saved_tensors
+        wide = accumulation_dtype(x.dtype)
+        weight, bias = ctx.weight, ctx.bias
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            grads[0].to(wide), x.to(wide), weight.shape, mean, scale, weight.to(wide), bias.to(wide), [True] * 3
+        )
+        d_weight = hand_over(ctx.sink, weight, lambda out: out.add_(dw))
+        d_bias = hand_over(ctx.sink, bias, lambda out: out.add_(db))
+        return dx.to(x.dtype), d_weight, d_bias, None, None
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean) / sqrt(variance + epsilon) * weight + bias`` over the last dimension (Ba et al., arXiv 1607.06450).
+
+    Statistics in promote(x dtype, fp32). The result has the weight's dtype, so an fp32 residual stream enters a
+    lower-precision layer here.
+    """
+
+    def __init__(
+        self, name: str, hidden: int, *, epsilon: float, tp: Axis, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = parameter(whole_spec(f"{name}.weight", (hidden,), tp, decay=False, mean=1.0), dtype, device)
+        self.bias = parameter(whole_spec(f"{name}.bias", (hidden,), tp, decay=False), dtype, device)
+
+    def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
+        return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon, sink)
