@@ -1,0 +1,44 @@
+// Writes Megatron's indexed format: PREFIX.bin (tokens) and PREFIX.idx (lengths, pointers, documents).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common.h"
+
+namespace megapoly {
+
+struct Written {
+    std::int64_t documents;
+    std::int64_t tokens;
+    std::vector<std::uint32_t> bin_crcs;  // one per block of kBlock bytes
+    std::vector<std::uint32_t> idx_crcs;
+};
+
+// One sequence per document. Memory does not grow but for 4 bytes per document, and 4 bytes per block.
+class Writer {
+public:
+    // `code` is a dtype code of the format; ids are from 0 to vocabulary - 1, all of which the dtype has to hold.
+    Writer(const std::string& bin_path, const std::string& idx_path, int code, std::int64_t vocabulary);
+
+    // Appends `documents` documents of lengths[i] >= 1 tokens, which stand one after another in ids[count].
+    // Nothing is written where an id or a length is wrong.
+    void append(const std::int64_t* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents);
+
+    // Writes the index and brings both files to the disk. The writer is of no use afterwards.
+    Written finish();
+
+private:
+    void check(const std::int64_t* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents) const;
+
+    OutputFile bin_;
+    OutputFile idx_;
+    int code_;
+    std::int64_t item_size_;
+    std::int64_t vocabulary_;
+    std::int64_t tokens_ = 0;
+    std::vector<std::int32_t> lengths_;
+};
+
+}  // namespace megapoly

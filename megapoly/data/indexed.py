@@ -1,0 +1,295 @@
+"""Indexed datasets: tokens on disk in Megatron's format, with a sidecar beside it. No torch.
+
+PREFIX.bin holds the tokens of all documents, one after another. PREFIX.idx, little-endian: magic, version 1 (u64), dtype
+code (u8), number of sequences n (u64), number of document indices d + 1 (u64), n lengths in tokens (i32), n pointers in
+bytes (i64), d + 1 indices (i64): document i is sequences [indices[i], indices[i + 1]). Source of the format:
+megatron.core.datasets.indexed_dataset. We write one sequence per document and read any number. PREFIX.json, which only
+megapoly writes, is a :class:`Sidecar`. Held-out documents stand at the end of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+import weakref
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+
+from megapoly.data import _index
+from megapoly.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+
+Count = Annotated[int, pydantic.Field(ge=0)]
+
+
+def dtype_code(vocabulary: int) -> int:
+    """Megatron's rule: uint16 (code 8) below 65,500 ids, else int32 (code 4)."""
+    return 8 if vocabulary < 65500 else 4
+
+
+def part(prefix: Path, suffix: str) -> Path:
+    """The file of a dataset with a suffix such as ``.bin``."""
+    return prefix.with_name(prefix.name + suffix)
+
+
+class _Frozen(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TokenizerMark(_Frozen):
+    """The tokenizer that wrote a dataset."""
+
+    sha256: str
+    vocabulary: int
+
+
+class Validation(_Frozen):
+    """The held-out documents: the share that was asked for, the seed of the split, and what came out."""
+
+    fraction: float
+    seed: int
+    documents: Count
+    tokens: Count
+    bytes: Count
+
+
+class Checksums(_Frozen):
+    """CRC-32 of every block of ``block`` bytes of the .bin and the .idx: eight hexadecimal digits each, joined."""
+
+    block: int
+    bin: str
+    idx: str
+
+    @staticmethod
+    def join(crcs: Sequence[int]) -> str:
+        return "".join(f"{crc:08x}" for crc in crcs)
+
+    @staticmethod
+    def split(digits: str) -> list[int]:
+        return [int(digits[i : i + 8], 16) for i in range(0, len(digits), 8)]
+
+
+class Sidecar(_Frozen):
+    """PREFIX.json. ``documents``, ``tokens`` and ``bytes`` (of UTF-8 text) count the held-out ones too.
+
+    Tokens include the one that ends every document, bytes do not.
+    """
+
+    format: Literal["megapoly-indexed"] = "megapoly-indexed"
+    version: Literal[1] = 1
+    language: str
+    tokenizer: TokenizerMark
+    documents: Count
+    tokens: Count
+    bytes: Count
+    validation: Validation
+    checksums: Checksums
+    tool: str
+
+    @classmethod
+    def read(cls, path: Path) -> Sidecar | None:
+        """The sidecar at ``path``, None where there is none.
+
+        Raises:
+            DataError: the file is not a sidecar.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(at) for at in problem["loc"])
+            raise DataError(
+                f"{path}: is not the sidecar of an indexed dataset ({key + ': ' if key else ''}{problem['msg']});"
+                " build the dataset again"
+            ) from error
+
+    def text(self) -> str:
+        return self.model_dump_json(indent=1) + "\n"
+
+
+class IndexedDataset:
+    """An indexed dataset, opened for reading; cheap to open whatever its size, and safe to pickle.
+
+    Attributes:
+        prefix: the path without ``.bin``, ``.idx``, ``.json``.
+        dtype: of the tokens on disk.
+        documents, tokens: counts of all.
+        train_documents, train_tokens: counts of the first ones, which are not held out.
+        sidecar: what PREFIX.json says; None for a foreign dataset, of which nothing is held out.
+        identity: hex hash of the content: from the checksums in the sidecar, else from header, counts and sizes.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Open PREFIX.
+
+        Raises:
+            DataError: a file is missing or cut short, is of another format, or does not fit the others.
+        """
+        self.prefix = Path(prefix)
+        self.bin_path, self.idx_path = part(self.prefix, ".bin"), part(self.prefix, ".idx")
+        self.sidecar = Sidecar.read(part(self.prefix, ".json"))
+        self._descriptor = self._open(self.bin_path)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._mapping = self._map_index()
+        self._read_header()
+        self._check_ends()
+        self.documents = len(self.document_indices) - 1
+        self.train_documents, self.train_tokens = self.documents, self.tokens
+        if self.sidecar is not None:
+            self._check_sidecar(self.sidecar)
+        self.identity = self._identity()
+
+    def gather(self, starts: npt.NDArray[np.int64], length: int, vocabulary: int) -> npt.NDArray[np.int64]:
+        """[n, length]: the tokens from each of ``starts`` [n], across documents.
+
+        Raises:
+            DataError: a window leaves the file, an id is not in [0, vocabulary), or the file cannot be read.
+        """
+        starts = np.asarray(starts, np.int64)
+        path = str(self.bin_path)
+        return _index.gather(path, self._descriptor, self._code, self.tokens, vocabulary, starts, length)
+
+    def boundaries(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """[k], ascending: the first tokens d of documents with start < d < stop. Reads nothing but the .idx.
+
+        Raises:
+            DataError: the .idx is damaged there.
+        """
+        documents = range(self.documents)
+        first = bisect_right(documents, start, key=self.start)
+        last = bisect_left(documents, min(stop, self.tokens), lo=first, key=self.start)
+        sequences = self.document_indices[first:last]
+        if len(sequences) and not 0 <= sequences.min() <= sequences.max() < len(self.pointers):
+            raise self._damaged(f"an index of the documents {first} to {last - 1}")
+        found = np.unique(self.pointers[sequences] // self.dtype.itemsize)  # once where documents are empty
+        if len(found) and not start < found[0] <= found[-1] < stop:
+            raise self._damaged(f"the order of the documents {first} to {last - 1}")
+        return found
+
+    def document(self, i: int) -> npt.NDArray[np.int64]:
+        """Tokens of document ``i``, with the one that ends it."""
+        if not 0 <= i < self.documents:
+            raise IndexError(f"document {i} of {self.documents}")
+        start, stop = self.start(i), self.start(i + 1)
+        vocabulary = self.sidecar.tokenizer.vocabulary if self.sidecar else np.iinfo(np.int64).max
+        return self.gather(np.array([start]), stop - start, vocabulary)[0]
+
+    def start(self, i: int) -> int:
+        """First token of document ``i``; where ``i`` is the number of documents, the number of tokens."""
+        sequence = int(self.document_indices[i])
+        if sequence == len(self.pointers):
+            return self.tokens
+        if not 0 <= sequence < len(self.pointers):
+            raise self._damaged(f"the index of document {i}")
+        return int(self.pointers[sequence]) // self.dtype.itemsize
+
+    def document_at(self, token: int) -> int:
+        """The document that holds a token."""
+        return bisect_right(range(self.documents), token, key=self.start) - 1
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
+        return IndexedDataset, (self.prefix,)
+
+    def _open(self, path: Path) -> int:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); an indexed dataset is {self.prefix}.bin and"
+                f" {self.prefix}.idx, and `megapoly data build` writes them"
+            ) from error
+
+    def _map_index(self) -> mmap.mmap:
+        descriptor = self._open(self.idx_path)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size < HEADER.size:
+                raise DataError(f"{self.idx_path}: is cut short: {size} bytes, fewer than its header of {HEADER.size}")
+            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(f"{self.idx_path}: is damaged at {what}; `megapoly data verify` finds where")
+
+    def _read_header(self) -> None:
+        path, size = self.idx_path, len(self._mapping)
+        magic, version, code, sequences, entries = HEADER.unpack_from(self._mapping)
+        if magic != MAGIC or version != 1:
+            raise DataError(
+                f"{path}: begins with {magic!r}, version {version}; an index begins with {MAGIC!r}, version 1"
+            )
+        if code not in DTYPES:
+            raise DataError(f"{path}: dtype code {code} is not of the format, which has {DTYPES}")
+        if DTYPES[code].startswith("float"):
+            raise DataError(f"{path}: holds {DTYPES[code]} values; token ids are whole numbers")
+        expected = HEADER.size + 12 * sequences + 8 * entries
+        if expected != size:
+            raise DataError(
+                f"{path}: is cut short or damaged: {sequences} sequences and {entries} document indices need"
+                f" {expected} bytes, and there are {size}"
+            )
+        self._code: int = code
+        self.dtype = np.dtype(DTYPES[code])
+        view, at = self._mapping, HEADER.size
+        self.lengths: npt.NDArray[np.int32] = np.frombuffer(view, "<i4", sequences, at)
+        self.pointers: npt.NDArray[np.int64] = np.frombuffer(view, "<i8", sequences, at + 4 * sequences)
+        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(view, "<i8", entries, at + 12 * sequences)
+
+    def _check_ends(self) -> None:
+        sequences, indices, item = len(self.pointers), self.document_indices, self.dtype.itemsize
+        if sequences == 0:
+            raise DataError(f"{self.idx_path}: holds no document")
+        if len(indices) < 2 or indices[0] != 0 or indices[-1] != sequences:
+            raise DataError(
+                f"{self.idx_path}: is damaged: its {len(indices)} document indices run from"
+                f" {indices[:1].tolist()} to {indices[-1:].tolist()}, and have to from 0 to {sequences}"
+            )
+        size = os.fstat(self._descriptor).st_size
+        end = int(self.pointers[-1]) + int(self.lengths[-1]) * item
+        if self.pointers[0] != 0 or self.lengths[-1] < 0 or end != size:
+            raise DataError(
+                f"{self.bin_path}: has {size} bytes, but by {self.idx_path.name} its tokens run from byte"
+                f" {self.pointers[0]} to byte {end}; one of the two is cut short, damaged or of another dataset"
+            )
+        if size == 0:
+            raise DataError(f"{self.bin_path}: holds no token")
+        self.tokens = size // item
+
+    def _check_sidecar(self, sidecar: Sidecar) -> None:
+        if (sidecar.documents, sidecar.tokens) != (self.documents, self.tokens):
+            raise DataError(
+                f"{part(self.prefix, '.json')}: is of another build: it tells of {sidecar.documents} documents and"
+                f" {sidecar.tokens} tokens, the .idx of {self.documents} and {self.tokens}; build the dataset again"
+            )
+        self.train_documents -= sidecar.validation.documents
+        self.train_tokens -= sidecar.validation.tokens
+        if self.train_documents < 0 or self.start(self.train_documents) != self.train_tokens:
+            raise DataError(
+                f"{part(self.prefix, '.json')}: its {sidecar.validation.documents} held-out documents with"
+                f" {sidecar.validation.tokens} tokens are not the last ones of the .idx; build the dataset again"
+            )
+
+    def _identity(self) -> str:
+        if self.sidecar is not None:
+            kept = self.sidecar.model_dump(include={"tokenizer", "documents", "tokens", "validation", "checksums"})
+            content = json.dumps(kept, sort_keys=True).encode()
+        else:
+            content = self._mapping[: HEADER.size] + struct.pack("<QQ", len(self._mapping), self.tokens)
+        return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,165 @@
+"""The batches of a run in order, read ahead by a thread, and the opening of its datasets."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from megapoly.config import Config, Data
+from megapoly.data.indexed import IndexedDataset
+from megapoly.data.plan import Plan
+from megapoly.data.samples import Batch, read
+from megapoly.data.tokenizer import Tokenizer, check_matches
+from megapoly.errors import DataError
+
+DEPTH = 2
+TIMEOUT = 300.0
+
+
+class Loader:
+    """Iterates over optimizer steps: each gives the micro-batches (``list[Batch]``) of one data-parallel rank.
+
+    The global batch of a step is the next ``train.global_batch`` samples. Data-parallel rank r of n has its r-th part
+    of n, in a row, cut into micro-batches of ``layout.micro_batch`` samples: the union over the ranks is the global
+    batch in order, under every layout. It ends where less than a global batch is left of the plan. A thread reads two
+    steps ahead; an error in it is raised here. Use it as a context manager, or call :meth:`close`.
+
+    Args:
+        config: settled for its ranks by ``config.on(world_size)``.
+        start: first sample, the number of samples trained so far.
+        rank: position on the dp axis.
+        with_tokens: False on pipeline stages that need only positions and documents.
+        timeout: seconds that a step may take to read.
+
+    Raises:
+        DataError: a plan of another sequence length; in the iteration, what :func:`read` raises, or a read that took
+            longer than ``timeout``, by its sample numbers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        datasets: Mapping[str, IndexedDataset],
+        *,
+        start: int,
+        rank: int,
+        with_tokens: bool = True,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        if plan.sequence != config.train.sequence:
+            raise DataError(
+                f"train.sequence is {config.train.sequence}, but the plan of this run has windows of {plan.sequence}"
+                f" tokens; set it to {plan.sequence}, or start a new run"
+            )
+        step, part = config.train.global_batch, config.train.global_batch // config.mesh.dp
+        size, vocabulary, separate = config.layout.micro_batch, config.model.vocabulary, config.data.separate_documents
+
+        def read_step(sample: int) -> list[Batch]:
+            samples = sample + rank * part + np.arange(part, dtype=np.int64)
+            batch = read(
+                plan, datasets, samples, vocabulary=vocabulary, separate_documents=separate, with_tokens=with_tokens
+            )
+            return batch.split(size)
+
+        self._steps = range(start, plan.total_samples - step + 1, step)
+        self._next, self._timeout = 0, timeout
+        self._ready: queue.Queue[Any] = queue.Queue(DEPTH)
+        self._failure: BaseException | None = None
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_fill, args=(self._ready, stop, self._steps, read_step), name="megapoly-loader", daemon=True
+        )
+        # Also runs at interpreter exit, where a thread inside torch or numpy must not outlive them. The thread holds no
+        # reference to this object, so that a forgotten loader is collected and ends its thread.
+        self._end = weakref.finalize(self, _finish, self._ready, stop, thread)
+        thread.start()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._failure is not None:
+            raise self._failure
+        if not self._end.alive or self._next == len(self._steps):
+            self.close()
+            raise StopIteration
+        sample = self._steps[self._next]
+        try:
+            result = self._ready.get(timeout=self._timeout)
+        except queue.Empty:
+            result = DataError(
+                f"samples {sample} to {sample + self._steps.step - 1} were not read within {self._timeout:g} s;"
+                f" check that the storage of the datasets answers, then resume"
+            )
+        if isinstance(result, BaseException):
+            self._failure = result
+            raise result
+        self._next += 1
+        return list(result)
+
+    def close(self) -> None:
+        """End the thread and drop what it has read. The iteration is over; closing again does nothing."""
+        self._end()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _fill(
+    ready: queue.Queue[Any], stop: threading.Event, steps: range, read_step: Callable[[int], list[Batch]]
+) -> None:
+    """Thread: put every step, or the error that ended the reading. A put waits until the consumer has taken one."""
+    for sample in steps:
+        if stop.is_set():
+            return
+        try:
+            ready.put(read_step(sample))
+        except BaseException as error:
+            ready.put(error)
+            return
+
+
+def _finish(ready: queue.Queue[Any], stop: threading.Event, thread: threading.Thread) -> None:
+    """Ask the thread to end, make room for a put that waits, and wait; not for ever, since a read may hang."""
+    stop.set()
+    while True:
+        try:
+            ready.get_nowait()
+        except queue.Empty:
+            break
+    if thread is not threading.current_thread():  # the garbage collector may run this there
+        thread.join(timeout=5.0)
+
+
+def open_datasets(data: Data, tokenizer: Tokenizer) -> dict[str, IndexedDataset]:
+    """The dataset of every source, by its name.
+
+    Raises:
+        DataError: a missing or damaged file, one of another tokenizer or language, or one with nothing to
+            train on.
+    """
+    datasets = {}
+    for name, source in data.sources.items():
+        dataset = IndexedDataset(source.path)
+        check_matches(tokenizer, dataset)
+        if dataset.train_tokens == 0:
+            raise DataError(
+                f"source {name!r} ({source.path}): found {dataset.documents} documents and no training tokens; add text"
+                f" in {source.language!r}, lower the held-out fraction, or remove the source"
+            )
+        if dataset.sidecar is not None and dataset.sidecar.language != source.language:
+            raise DataError(
+                f"source {name!r} has language {source.language!r}, but {source.path} was built as"
+                f" {dataset.sidecar.language!r}; correct data.sources.{name}.path or .language"
+            )
+        datasets[name] = dataset
+    return datasets

@@ -1,0 +1,256 @@
+"""The loader under every layout, its thread, and the opening of datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megapoly import config as configuration
+from megapoly.data.builder import Options, build
+from megapoly.data.indexed import IndexedDataset
+from megapoly.data.loader import DEPTH, Loader, open_datasets
+from megapoly.data.plan import plan_from_config
+from megapoly.data.samples import read
+from megapoly.data.tokenizer import train_tokenizer
+from megapoly.errors import DataError
+from tests.data.small import FakeDataset, make_config, write_megatron
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_datasets(kind=FakeDataset):
+    random = np.random.default_rng(1)
+    return {
+        name: kind([random.integers(0, 100, size).tolist() for size in random.integers(1, 30, 20)], identity=name)
+        for name in ("en", "fr")
+    }
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "megapoly-loader"]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize(("dp", "micro_batch"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (12, 1)])
+def test_ranks_together_give_the_global_batches_in_order(dp, micro_batch, separate):
+    config = make_config(global_batch=12, separate=separate, dp=dp, micro_batch=micro_batch)
+    datasets = make_datasets()
+    plan = plan_from_config(config, datasets)
+    by_rank = []
+    for rank in range(dp):
+        with Loader(config, plan, datasets, start=24, rank=rank, with_tokens=True) as loader:
+            by_rank.append(list(loader))
+    steps = range(24, plan.total_samples, 12)
+    assert [len(steps)] * dp == [len(part) for part in by_rank]
+    for i, sample in enumerate(steps):
+        batches = [batch for part in by_rank for batch in part[i]]
+        assert [len(batch.samples) for batch in batches] == [micro_batch] * (12 // micro_batch)
+        expected = read(
+            plan,
+            datasets,
+            np.arange(sample, sample + 12),
+            vocabulary=100,
+            separate_documents=separate,
+            with_tokens=True,
+        )
+        for field in dataclasses.fields(expected):
+            parts = [getattr(batch, field.name) for batch in batches]
+            whole = getattr(expected, field.name)
+            assert parts == [None] * len(parts) if whole is None else torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(("start", "steps"), [(0, 15), (4, 14), (3, 14), (56, 1), (57, 0), (60, 0), (64, 0)])
+def test_it_ends_where_less_than_a_global_batch_is_left(start, steps):
+    config, datasets = make_config(), make_datasets()
+    loader = Loader(config, plan_from_config(config, datasets), datasets, start=start, rank=0)
+    assert len(list(loader)) == steps
+    with pytest.raises(StopIteration):
+        next(loader)
+    assert not threads()
+
+
+def test_it_reads_ahead_and_not_without_bound():
+    class Telling(FakeDataset):
+        reads = threading.Semaphore(0)
+        count = 0
+
+        def gather(self, starts, length, vocabulary):
+            type(self).count += 1
+            self.reads.release()
+            return super().gather(starts, length, vocabulary)
+
+    datasets = make_datasets(Telling)
+    config = make_config(global_batch=1)
+    with Loader(config, plan_from_config(config, datasets), datasets, start=0, rank=0) as loader:
+        for _ in range(DEPTH + 1):  # one sample is one gather: so many are read before any is asked for
+            assert Telling.reads.acquire(timeout=60)
+        for taken in range(5):
+            assert Telling.count <= taken + DEPTH + 1
+            next(loader)
+    assert Telling.count <= 5 + DEPTH + 1
+
+
+@pytest.mark.parametrize("error", [DataError("fr.bin: damaged at token 7"), MemoryError("no more")])
+def test_an_error_in_the_thread_is_raised_here(error):
+    class Breaking(FakeDataset):
+        def gather(self, starts, length, vocabulary):
+            raise error
+
+    config = make_config()
+    good, bad = make_datasets(), make_datasets(Breaking)
+    plan = plan_from_config(config, good)
+    first_fr = int(np.flatnonzero(plan.locate(np.arange(60)).source == 1)[0]) // 4
+    with Loader(config, plan, {"en": good["en"], "fr": bad["fr"]}, start=0, rank=0) as loader:
+        assert len(list(itertools.islice(loader, first_fr))) == first_fr
+        for _ in range(2):
+            with pytest.raises(type(error), match=str(error)):
+                next(loader)
+
+
+def test_a_read_that_hangs_is_an_error_with_its_samples():
+    answer = threading.Event()
+
+    class Hanging(FakeDataset):
+        def gather(self, starts, length, vocabulary):
+            answer.wait()
+            return super().gather(starts, length, vocabulary)
+
+    config, datasets = make_config(), make_datasets(Hanging)
+    with Loader(config, plan_from_config(config, datasets), datasets, start=8, rank=0, timeout=0.05) as loader:
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"samples 8 to 11 were not read within 0\.05 s"):
+                next(loader)
+        answer.set()
+    assert not threads()
+
+
+def test_close_ends_the_thread_and_the_iteration():
+    config, datasets = make_config(), make_datasets()
+    plan = plan_from_config(config, datasets)
+    loader = Loader(config, plan, datasets, start=0, rank=0)
+    next(loader)
+    assert len(threads()) == 1
+    loader.close()
+    loader.close()
+    assert not threads()
+    with pytest.raises(StopIteration):
+        next(loader)
+    forgotten = Loader(config, plan, datasets, start=0, rank=0)
+    next(forgotten)
+    del forgotten
+    gc.collect()
+    assert not threads()
+
+
+def test_an_interpreter_ends_with_an_open_loader():
+    code = (
+        "from tests.data.test_loader import *\n"
+        "config, datasets = make_config(), make_datasets()\n"
+        "loader = Loader(config, plan_from_config(config, datasets), datasets, start=0, rank=0)\n"
+        "print(len(next(loader)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
+
+
+def test_a_plan_of_another_length_is_refused():
+    config, datasets = make_config(), make_datasets()
+    with pytest.raises(DataError, match=r"train.sequence is 16, but .* 8 tokens"):
+        Loader(make_config(sequence=16), plan_from_config(config, datasets), datasets, start=0, rank=0)
+
+
+# ------------------------------------------------------------------------------------------------ real files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer and two datasets with held-out documents, built by megapoly from JSON lines."""
+    path = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(2)
+    words = ["river", "stone", "cloud", "eau", "pierre", "nuage", "42", "und", "da"]
+    for language in ("en", "fr"):
+        lines = [{"text": " ".join(random.choice(words, random.integers(3, 40)))} for _ in range(80)]
+        (path / f"{language}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    files = {language: [path / f"{language}.jsonl"] for language in ("en", "fr")}
+    tokenizer = train_tokenizer(files, path / "t.model", vocabulary=320)
+    for language, inputs in files.items():
+        build(inputs, path / language, tokenizer, language=language, options=Options(validation_fraction=0.2))
+    return path, tokenizer
+
+
+def data_section(path, **sources):
+    tree = {name: {"path": str(path / at), "language": language} for name, (at, language) in sources.items()}
+    weights = {name: 1 / len(tree) for name in tree}
+    return {
+        "tokenizer": str(path / "t.model"),
+        "sources": tree,
+        "stages": [{"name": "one", "tokens": 16 * 4 * 25, "weights": weights}],
+        "separate_documents": True,
+    }
+
+
+def real_config(path, **sources):
+    tree = make_config(sequence=16).document()
+    tree["model"]["vocabulary"] = 320
+    return configuration.parse({**tree, "data": data_section(path, **sources)})
+
+
+def test_from_text_to_batches(folder):
+    path, tokenizer = folder
+    config = real_config(path, en=("en", "en"), fr=("fr", "fr"))
+    datasets = open_datasets(config.data, tokenizer)
+    assert list(datasets) == list(config.data.sources)
+    plan = plan_from_config(config, datasets)
+    streams = {}
+    for name, dataset in datasets.items():
+        assert 0 < dataset.train_tokens < dataset.tokens
+        texts = [dataset.document(i).tolist() for i in range(dataset.train_documents)]
+        streams[name] = [token for text in texts for token in text]
+        assert all(text[-1] == tokenizer.eod for text in texts)
+    with Loader(config, plan, datasets, start=0, rank=0) as loader:
+        batches = [batch for step in loader for batch in step]
+    assert torch.cat([batch.samples for batch in batches]).tolist() == list(range(100))
+    for batch in batches:
+        located = plan.locate(batch.samples.numpy())
+        stream = streams[plan.sources[located.source[0]].name]
+        start = int(located.window[0]) * 16
+        row = stream[start : start + 17]
+        assert batch.tokens[0].tolist() == row[:16]
+        # a document ends with </s>, and that token has nothing to predict
+        expected = [-1 if token == tokenizer.eod else after for token, after in zip(row, row[1:], strict=False)]
+        assert batch.labels[0].tolist() == expected
+
+
+def test_datasets_that_do_not_fit_are_refused(folder, tmp_path):
+    path, tokenizer = folder
+
+    def opened(**sources):
+        return open_datasets(real_config(path, **sources).data, tokenizer)
+
+    with pytest.raises(DataError, match="nowhere"):
+        opened(en=("en", "en"), xx=("nowhere", "xx"))
+    with pytest.raises(DataError, match=r"source 'fr' has language 'fr', but .* was built as 'en'"):
+        opened(fr=("en", "fr"))
+    other = train_tokenizer({"en": [path / "en.jsonl"]}, tmp_path / "other.model", vocabulary=300)
+    with pytest.raises(DataError, match="300"):
+        open_datasets(real_config(path, en=("en", "en")).data, other)
+
+
+def test_foreign_datasets_open(folder):
+    path, tokenizer = folder
+    write_megatron(path / "foreign", [[1, 2, 3], [4, 5]])
+    (dataset,) = open_datasets(real_config(path, en=("foreign", "en")).data, tokenizer).values()
+    assert isinstance(dataset, IndexedDataset)
+    assert dataset.train_tokens == dataset.tokens == 5
