@@ -1,0 +1,176 @@
+"""Files with a CRC-32 per 1 MiB block, and safetensors files among them: written in one stream, read through a map.
+
+A safetensors file is 8 bytes of header length, a JSON header ``{key: {dtype, shape, data_offsets}}``, and the raw
+little-endian values (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megapoly.errors import CheckpointError
+from megapoly.spec import Box
+
+BLOCK = 1 << 20
+CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+
+
+def write_tensors(path: Path, header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Write a new safetensors file; ``header`` describes the tensors in their order. Returns its size and checksums."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with BlockFile(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors:
+            for part in tensor.detach().reshape(-1).split(64 * BLOCK):  # a device's tensor comes over in parts
+                file.write(_buffer(part.cpu().contiguous().view(torch.uint8)))
+    return {"bytes": file.bytes, "crc32": file.crc32}
+
+
+class BlockFile:
+    """A new file, written front to back, synced when closed; keeps the CRC-32 of every block."""
+
+    def __init__(self, path: Path) -> None:
+        self.bytes = 0
+        self.crc32: list[int] = []
+        self._file = open(path, "xb")  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> BlockFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            if self.bytes % BLOCK == 0:
+                self.crc32.append(0)
+            part, rest = rest[: BLOCK - self.bytes % BLOCK], rest[BLOCK - self.bytes % BLOCK :]
+            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
+            self._file.write(part)
+            self.bytes += len(part)
+
+
+class TensorFile:
+    """A safetensors file, mapped when it is first touched; blocks are checked once."""
+
+    def __init__(self, path: Path, size: int, crc32: Sequence[int]) -> None:
+        self.path, self.size = path, size
+        self._crc32 = crc32
+        self._checked = bytearray(len(crc32))
+        self._bytes: torch.Tensor | None = None
+        self._header: dict[str, Any] = {}
+        self._data = 0
+
+    def check_size(self) -> None:
+        try:
+            found = self.path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: is missing ({error.strerror}); use another checkpoint") from error
+        if found != self.size:
+            raise CheckpointError(
+                f"{self.path}: has {found} bytes, {self.size} were written; it is damaged, use another checkpoint"
+            )
+
+    def slice(self, name: str, key: str, dtype: torch.dtype, place: tuple[int, Box], common: Box) -> torch.Tensor:
+        """``common`` out of a box that stands ``place[0]`` elements into the tensor ``key``; its blocks are checked."""
+        self._open(name)
+        offset, box = place
+        start = self.span(key)[0] + offset * dtype.itemsize
+        for a, b in _spans(box, common, dtype.itemsize):
+            self._check(start + a, start + b, name)
+        flat = self._map()[start : start + box.size * dtype.itemsize].view(dtype)
+        return flat.view(box.shape)[common.slices(box.start)]
+
+    def span(self, key: str) -> tuple[int, int]:
+        """Bytes of a tensor in the file, once its header was read."""
+        start, stop = self._header[key]["data_offsets"]
+        return self._data + start, self._data + stop
+
+    def damaged(self) -> list[tuple[int, int]]:
+        """Byte ranges of the blocks that are not as written."""
+        wrong = [block for block in range(len(self._crc32)) if self._crc(block) != self._crc32[block]]
+        return [(block * BLOCK, min(self.size, (block + 1) * BLOCK)) for block in wrong]
+
+    def header_damaged(self) -> bool:
+        try:
+            self._open("")
+        except CheckpointError:
+            return True
+        return False
+
+    def _open(self, name: str) -> None:
+        if self._header:
+            return
+        self._check(0, 8, name)
+        data = 8 + int.from_bytes(_buffer(self._map()[:8]), "little")
+        self._check(8, data, name)
+        self._header, self._data = json.loads(bytes(_buffer(self._map()[8:data]))), data
+
+    def _map(self) -> torch.Tensor:
+        if self._bytes is None:
+            try:
+                with open(self.path, "rb") as file, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch warns that the map is read-only, as it should be
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                    self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return self._bytes
+
+    def _crc(self, block: int) -> int:
+        return zlib.crc32(_buffer(self._map()[block * BLOCK : (block + 1) * BLOCK]))
+
+    def _check(self, start: int, stop: int, name: str) -> None:
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            if self._checked[block]:
+                continue
+            found = self._crc(block)
+            if found != self._crc32[block]:
+                raise CheckpointError(
+                    f"{self.path}: bytes {block * BLOCK} to {min(self.size, (block + 1) * BLOCK)}, needed for tensor"
+                    f" {name!r}, are damaged (CRC-32 {found:08x}, {self._crc32[block]:08x} was written);"
+                    " use another checkpoint"
+                )
+            self._checked[block] = 1
+
+
+def _spans(box: Box, part: Box, itemsize: int, dim: int = 0) -> Iterator[tuple[int, int]]:
+    """Byte ranges, inside a row-major ``box``, that reach every block that ``part`` touches, and no other block.
+
+    Rows that start at most one block apart leave no block between them untouched, so they are one range.
+    """
+    strides = [math.prod(box.shape[d + 1 :]) * itemsize for d in range(len(box.shape))]
+    first = sum((a - o) * s for a, o, s in zip(part.start, box.start, strides, strict=True))
+    if dim == len(strides) or strides[dim] <= BLOCK:
+        last = sum((b - 1 - o) * s for b, o, s in zip(part.stop, box.start, strides, strict=True))
+        yield first, last + itemsize
+        return
+    for index in range(part.start[dim], part.stop[dim]):
+        start = (*part.start[:dim], index, *part.start[dim + 1 :])
+        stop = (*part.stop[:dim], index + 1, *part.stop[dim + 1 :])
+        yield from _spans(box, Box(start, stop), itemsize, dim + 1)
+
+
+def _buffer(values: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor in host memory, not copied."""
+    return values.numpy().data

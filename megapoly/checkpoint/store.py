@@ -1,0 +1,399 @@
+"""The layout-free checkpoint on disk: safetensors files, and a manifest that maps logical tensors to pieces in them.
+
+    ROOT/step-00001000/manifest.json     tensors, pieces, checksums, and free JSON of the caller (``meta``)
+    ROOT/step-00001000/rank-00003.safetensors
+
+A file holds pieces as tensors: a piece that is a whole box in the shape of the box, another one flat. The manifest is
+one JSON object; its first line is the CRC-32 of the bytes after it, and every file has a CRC-32 per 1 MiB block.
+A checkpoint is written under a name that starts with a dot and renamed when it is whole, so a killed save leaves the
+earlier ones as they were. Nothing here knows of models: names, shapes and pieces are the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
+from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
+from megapoly.errors import CheckpointError
+from megapoly.spec import Box, Index, Piece
+
+_FORMAT, _VERSION = "megapoly-checkpoint", 1
+_MANIFEST, _ERROR = "manifest.json", "error"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A piece of a logical tensor to be saved. ``data``: ``piece.size`` elements in the piece's order, any device."""
+
+    name: str
+    shape: Index
+    piece: Piece
+    data: torch.Tensor
+
+
+def save(
+    root: Path,
+    step: int,
+    entries: Iterable[Entry],
+    meta: dict[str, Any],
+    *,
+    rank: int = 0,
+    size: int = 1,
+    gather: Callable[[Any], list[Any] | None] | None = None,
+    barrier: Callable[[], Any] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Write one checkpoint, together with the other ranks; return its folder.
+
+    The pieces of all ranks have to tile every tensor exactly; an empty piece only declares its tensor. A step that is
+    there already is refused, not replaced. ``meta`` (JSON, no NaN) is rank 0's. All ranks have to see one ``root``.
+
+    Args:
+        gather: gives rank 0 the list of every rank's object, and the other ranks None. Needed where ``size`` > 1.
+        barrier: waits for every rank. Needed where ``size`` > 1.
+        keep: how many checkpoints up to this step to keep; older ones are removed. None keeps all.
+
+    Raises:
+        CheckpointError: on every rank, if any rank failed. The earlier checkpoints are then as they were.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}; it is at least 1, or None")
+    if size > 1 and (gather is None or barrier is None):
+        raise ValueError("several ranks need gather and barrier")
+    wait = barrier or (lambda: None)
+    final = folder(root, step)
+    temporary = final.with_name(f".{final.name}")
+
+    refused = _attempt(rank, lambda: _prepare(root, final, temporary, meta))[1] if rank == 0 else None
+    wait()
+    report, problem = (None, refused) if refused else _attempt(rank, lambda: _write_rank(temporary, rank, entries))
+    reports = gather((report, problem)) if gather is not None and size > 1 else [(report, problem)]
+    if rank == 0:
+        assert reports is not None
+        problem = refused or "; ".join(text for _, text in reports if text) or None
+        if problem is None:
+            parts = [part for part, _ in reports if part is not None]
+            problem = _attempt(rank, lambda: _finish(final, temporary, _manifest(step, meta, parts), keep))[1]
+        if problem is not None:
+            message = problem
+            _attempt(rank, lambda: _leave_error(temporary, message))
+    wait()
+    if rank != 0:
+        problem = _outcome(final, temporary, problem)
+    wait()
+    if problem is None:
+        return final
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    raise CheckpointError(f"{final}: not saved; {problem}. The earlier checkpoints are as they were")
+
+
+def _attempt(rank: int, work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Result and None, or None and what went wrong: a rank that failed has to meet the others all the same."""
+    try:
+        return work(), None
+    except CheckpointError as error:
+        return None, str(error)
+    except Exception as error:
+        return None, f"rank {rank}: {type(error).__name__}: {error}"
+
+
+def _prepare(root: Path, final: Path, temporary: Path, meta: dict[str, Any]) -> None:
+    json.dumps(meta, allow_nan=False)
+    if final.exists():
+        raise CheckpointError("there is a checkpoint of this step already; move it away, or go on from it")
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob(".step-*"):
+        shutil.rmtree(stale)
+    temporary.mkdir()
+
+
+def _write_rank(temporary: Path, rank: int, entries: Iterable[Entry]) -> dict[str, Any]:
+    """Write the file of one rank; what rank 0 has to know of it."""
+    if not temporary.is_dir():
+        raise FileNotFoundError(f"{temporary}, which rank 0 made, is not there; all ranks need one shared folder")
+    ordered = sorted(entries, key=lambda entry: -entry.data.element_size())  # every tensor aligned to its own size
+    file = f"rank-{rank:05d}.safetensors"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    rows: list[dict[str, Any]] = []
+    stored: list[torch.Tensor] = []
+    at = 0
+    seen: Counter[str] = Counter()
+    for entry in ordered:
+        _check_entry(entry)
+        box, piece = entry.piece.box, entry.piece
+        row: dict[str, Any] = {
+            "name": entry.name,
+            "shape": list(entry.shape),
+            "dtype": str(entry.data.dtype).removeprefix("torch."),
+        }
+        rows.append(row)
+        if not piece.size:
+            continue
+        key = entry.name if piece == Piece.of(Box.whole(entry.shape)) else f"{entry.name}@{seen[entry.name]}"
+        seen[entry.name] += 1
+        if key in header:
+            raise ValueError(f"tensor {entry.name!r} is given twice by this rank")
+        end = at + piece.size * entry.data.element_size()
+        shape = box.shape if piece.size == box.size else (piece.size,)
+        header[key] = {"dtype": CODES[entry.data.dtype], "shape": list(shape), "data_offsets": [at, end]}
+        place = {"start": list(box.start), "stop": list(box.stop), "range": [piece.start, piece.stop]}
+        row["piece"] = {"file": file, "key": key, **place}
+        stored.append(entry.data)
+        at = end
+    record = write_tensors(temporary / file, header, stored) if stored else None
+    return {"rows": rows, "files": {file: record} if record else {}}
+
+
+def _check_entry(entry: Entry) -> None:
+    if "@" in entry.name or entry.name == "__metadata__":
+        raise ValueError(f"{entry.name!r} cannot name a tensor: '@' marks pieces, and __metadata__ is the format's")
+    if entry.data.dtype not in CODES:
+        raise ValueError(f"tensor {entry.name!r}: {entry.data.dtype} cannot be stored; known: {', '.join(DTYPES)}")
+    if entry.data.numel() != entry.piece.size:
+        raise ValueError(f"tensor {entry.name!r}: {entry.data.numel()} elements for a piece of {entry.piece.size}")
+
+
+def _manifest(step: int, meta: dict[str, Any], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    tensors: dict[str, dict[str, Any]] = {}
+    files: dict[str, Any] = {}
+    for rank, report in enumerate(reports):
+        files.update(report["files"])
+        for row in report["rows"]:
+            tensor = tensors.setdefault(row["name"], {"shape": row["shape"], "dtype": row["dtype"], "pieces": []})
+            for what in ("shape", "dtype"):
+                if tensor[what] != row[what]:
+                    raise CheckpointError(
+                        f"tensor {row['name']!r} has {what} {row[what]} on rank {rank}, {tensor[what]} on a rank before"
+                    )
+            if "piece" in row:
+                tensor["pieces"].append(row["piece"])
+    return {"format": _FORMAT, "version": _VERSION, "step": step, "meta": meta, "tensors": tensors, "files": files}
+
+
+def _finish(final: Path, temporary: Path, manifest: dict[str, Any], keep: int | None) -> None:
+    """Check that the pieces tile the tensors, write the manifest, and give the checkpoint its name."""
+    for name, tensor in manifest["tensors"].items():
+        check_tiling(name, tuple(tensor["shape"]), [(piece["file"], _piece(piece)) for piece in tensor["pieces"]])
+    rest = json.dumps(manifest, separators=(",", ":"), allow_nan=False)[1:].encode()
+    with BlockFile(temporary / _MANIFEST) as file:
+        file.write(_checksum_line(rest) + rest)
+    _sync_folder(temporary)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    if keep is not None:
+        for old in [step for step in steps(final.parent) if step <= manifest["step"]][:-keep]:
+            _remove(folder(final.parent, old))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first, so that a kill in the middle leaves no half checkpoint under a whole one's name."""
+    try:
+        hidden = checkpoint.with_name(f".{checkpoint.name}")
+        os.rename(checkpoint, hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        warnings.warn(f"{checkpoint}: an old checkpoint could not be removed ({error})", stacklevel=2)
+
+
+def _checksum_line(rest: bytes) -> bytes:
+    return b'{"crc32":"%08x",\n' % zlib.crc32(rest)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _leave_error(temporary: Path, message: str) -> None:
+    """Make room first: the disk may be full."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    (temporary / _ERROR).write_text(message, encoding="utf-8")
+
+
+def _outcome(final: Path, temporary: Path, own: str | None) -> str | None:
+    """What rank 0 made of the save, seen from another rank: None if the checkpoint is whole."""
+    try:
+        return (temporary / _ERROR).read_text(encoding="utf-8")
+    except OSError:
+        if own is None and (final / _MANIFEST).is_file():
+            return None
+        return own or "rank 0 could not finish it, and says why"
+
+
+def _piece(row: Mapping[str, Any]) -> Piece:
+    return Piece(Box(tuple(row["start"]), tuple(row["stop"])), *row["range"])
+
+
+def folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return root / f"step-{step:08d}"
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, ascending; none where there is no folder."""
+    found = (_STEP.fullmatch(path.name) for path in root.iterdir()) if root.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match and (root / match[0] / _MANIFEST).is_file())
+
+
+def newest(root: Path) -> Path:
+    """Folder of the whole checkpoint with the most steps."""
+    found = steps(root)
+    if not found:
+        raise CheckpointError(
+            f"{root}: no whole checkpoint (a folder step-N with a {_MANIFEST}); check the path, or start a new run"
+        )
+    return folder(root, found[-1])
+
+
+class Reader:
+    """A checkpoint opened for reading: any piece of any tensor, from whatever pieces are stored.
+
+    Opening checks the manifest, and that every file is there in its size. Bytes are checked when they are touched.
+
+    Attributes:
+        path, step, meta: as saved.
+        tensors: logical name -> (shape, dtype).
+
+    Raises:
+        CheckpointError: a manifest that is missing, damaged or of another version; a file missing or of another size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        document = _read_manifest(path / _MANIFEST)
+        try:
+            self.step: int = document["step"]
+            self.meta: dict[str, Any] = document["meta"]
+            self.tensors: dict[str, tuple[Index, torch.dtype]] = {
+                name: (tuple(tensor["shape"]), DTYPES[tensor["dtype"]]) for name, tensor in document["tensors"].items()
+            }
+            self._pieces: dict[str, list[tuple[TensorFile, str, Piece]]] = {name: [] for name in self.tensors}
+            self._files = {
+                name: TensorFile(path / name, record["bytes"], record["crc32"])
+                for name, record in document["files"].items()
+            }
+            for name, tensor in document["tensors"].items():
+                for row in tensor["pieces"]:
+                    self._pieces[name].append((self._files[row["file"]], row["key"], _piece(row)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path / _MANIFEST}: is not a checkpoint's manifest ({error!r})") from error
+        for file in self._files.values():
+            file.check_size()
+
+    def read(self, name: str, piece: Piece, out: torch.Tensor) -> None:
+        """Fill ``out`` (1-D, ``piece.size`` elements, any device and dtype that holds the kind of number).
+
+        Raises:
+            CheckpointError: no such tensor, an element that is not stored, damaged bytes, floats asked for as integers.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: has no tensor {name!r}")
+        shape, dtype = self.tensors[name]
+        check_inside(name, shape, piece)
+        if out.shape != (piece.size,):
+            raise ValueError(f"tensor {name!r}: out has shape {tuple(out.shape)} for a piece of {piece.size} elements")
+        if not torch.can_cast(dtype, out.dtype):
+            raise CheckpointError(f"{self.path}: tensor {name!r} is {dtype} and cannot be read as {out.dtype}")
+        out = out.detach()
+        found = 0
+        for file, key, stored in self._pieces[name]:
+            for offset, box, offset_stored, box_stored, common in overlaps(piece, stored):
+                source = file.slice(name, key, dtype, (offset_stored, box_stored), common)
+                target = out[offset : offset + box.size].view(box.shape)
+                target[common.slices(box.start)].copy_(source)
+                found += common.size
+        if found != piece.size:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r}: {piece.size - found} of the {piece.size} elements of {say(piece)}"
+                " are stored nowhere; the checkpoint is damaged, use another one"
+            )
+
+    def expect(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that the checkpoint holds exactly these tensors.
+
+        Raises:
+            CheckpointError: listing by name what is missing, unexpected, or of another shape.
+        """
+        missing = [name for name in shapes if name not in self.tensors]
+        unexpected = [name for name in self.tensors if name not in shapes]
+        other = [
+            f"{name} {list(self.tensors[name][0])}, expected {list(shape)}"
+            for name, shape in shapes.items()
+            if name in self.tensors and self.tensors[name][0] != tuple(shape)
+        ]
+        found = {"missing": missing, "unexpected": unexpected, "of another shape": other}
+        parts = [f"{len(names)} {what}: {_some(names)}" for what, names in found.items() if names]
+        if parts:
+            raise CheckpointError(
+                f"{self.path}: a checkpoint of another model; tensors {'; '.join(parts)}."
+                " Use the model that it was saved with, or another checkpoint"
+            )
+
+    def verify(self) -> None:
+        """Check every byte of every file.
+
+        Raises:
+            CheckpointError: listing the damaged blocks, with the tensors in them.
+        """
+        damaged = [
+            f"{name} bytes {start} to {stop} ({_some(self._names_at(file, start, stop))})"
+            for name, file in self._files.items()
+            for start, stop in file.damaged()
+        ]
+        if damaged:
+            raise CheckpointError(f"{self.path}: damaged: {_some(damaged)}; use another checkpoint")
+
+    def _names_at(self, file: TensorFile, start: int, stop: int) -> list[str]:
+        """Tensors with bytes in a range of a file; nobody knows where its header is damaged."""
+        if file.header_damaged():
+            return ["the file's header is damaged"]
+        spans = [(name, *file.span(key)) for name, rows in self._pieces.items() for of, key, _ in rows if of is file]
+        return [name for name, a, b in spans if a < stop and start < b] or ["the file's header"]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); give the folder of a whole checkpoint, step-N"
+        ) from error
+    damaged = f"{path}: damaged; use another checkpoint"
+    try:
+        document = json.loads(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{damaged} (not JSON: {error})") from error
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: is not the manifest of a megapoly checkpoint")
+    if document.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path}: has version {document.get('version')!r}; this megapoly reads version {_VERSION}: use the one that"
+            " wrote it"
+        )
+    line, newline, rest = raw.partition(b"\n")
+    if line + newline != _checksum_line(rest):
+        raise CheckpointError(f"{damaged} (its CRC-32 is {zlib.crc32(rest):08x}, its first line has {line!r})")
+    return document
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
