@@ -1,0 +1,6 @@
+"""``python -m megapoly`` is the command ``megapoly``."""
+
+from megapoly.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The commands of megapoly. Heavy modules are imported inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megapoly import __version__
+from megapoly.errors import ConfigError, DataError, MegapolyError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_SETTINGS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich", "pretty_exceptions_enable": False}
+
+app = typer.Typer(
+    name="megapoly",
+    help="Multilingual language models in 3D parallel, from raw text to an evaluated model.",
+    add_completion=False,
+    **_SETTINGS,
+)
+tokenizer_app = typer.Typer(help="Train a tokenizer, and see how it does on every language.", **_SETTINGS)
+data_app = typer.Typer(help="Build, look into and verify indexed datasets.", **_SETTINGS)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+plan_app = typer.Typer(help="See what a run would do, before it runs.", **_SETTINGS)
+app.add_typer(plan_app, name="plan")
+
+LanguageFiles = Annotated[
+    list[str],
+    typer.Argument(metavar="LANG=FILE...", help="JSON lines, .jsonl or .jsonl.gz; a language may come again."),
+]
+TextField = Annotated[str, typer.Option(help="Field of a record that holds the text.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
+Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Path without .bin, .idx, .json.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; an error for users is one message and exit code 1."""
+    try:
+        app(args=arguments)
+    except MegapolyError as error:
+        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
+        raise SystemExit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"megapoly {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    files: LanguageFiles,
+    output: Annotated[Path, typer.Option(help="Model file to write.")],
+    vocabulary: Annotated[int, typer.Option(help="Number of ids, specials and 256 bytes included.")],
+    alpha: Annotated[
+        float, typer.Option(help="Languages are seen by their size to this power: 0 alike, 1 as is.")
+    ] = 0.3,
+    budget_mb: Annotated[float, typer.Option(help="Text to train on, in MB.")] = 200.0,
+    text_field: TextField = "text",
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a SentencePiece BPE tokenizer on text in several languages.
+
+    [bold]Example:[/bold] megapoly tokenizer train --output poly.model --vocabulary 16384 en=en.jsonl.gz th=th.jsonl
+    """
+    from megapoly.data import tokenizer
+
+    begun = time.monotonic()
+    grouped = _language_files(files)
+    made = tokenizer.train_tokenizer(
+        grouped,
+        output,
+        vocabulary=vocabulary,
+        alpha=alpha,
+        budget=int(budget_mb * 1e6),
+        text_field=text_field,
+        overwrite=overwrite,
+    )
+    print(f"{output}: {made.vocabulary:,} ids, {len(grouped)} languages, {time.monotonic() - begun:.1f} s")
+
+
+@tokenizer_app.command("report")
+def tokenizer_report(
+    model: Annotated[Path, typer.Argument(help="Model file.")],
+    files: LanguageFiles,
+    text_field: TextField = "text",
+    json_file: JsonFile = None,
+) -> None:
+    """Bytes per token in every language; more is better.
+
+    [bold]Example:[/bold] megapoly tokenizer report poly.model en=en.jsonl.gz th=th.jsonl
+    """
+    from megapoly.data import tokenizer
+
+    loaded = tokenizer.Tokenizer.load(model)
+    with Console(stderr=True).status("") as status:
+        rows = tokenizer.report(loaded, _language_files(files), text_field=text_field, progress=status.update)
+    table = _table("language", "documents", "MB", "tokens", "bytes/token", "single bytes")
+    for row in rows:
+        share = f"{100 * row.byte_share:.2f} %"
+        ratio = f"{row.bytes_per_token:.3f}"
+        table.add_row(row.language, f"{row.documents:,}", f"{row.bytes / 1e6:.2f}", f"{row.tokens:,}", ratio, share)
+    Console().print(table)
+    if json_file:
+        _write_rows(json_file, [{"name": r.language, "value": r.bytes_per_token, "unit": "bytes/token"} for r in rows])
+
+
+@data_app.command("build")
+def data_build(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON lines, .jsonl or .jsonl.gz.")],
+    output: Annotated[Path, typer.Option(help="Path of the dataset, without .bin, .idx, .json.")],
+    tokenizer: Annotated[Path, typer.Option(help="Model file of the tokenizer.")],
+    language: Annotated[str, typer.Option(help="Language of the text, such as th; of pairs, such as en-th.")],
+    pairs: Annotated[bool, typer.Option("--pairs", help="Records are aligned pairs of texts.")] = False,
+    fields: Annotated[
+        str, typer.Option(help="Field of the text ('text' where not given), or, of pairs, the two, such as en,th.")
+    ] = "",
+    key_field: Annotated[str, typer.Option(help="Field that, where present, decides what is held out.")] = "key",
+    validation: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.001,
+    seed: Annotated[int, typer.Option(help="Of the split, the same for every dataset of a run.")] = 1234,
+    threads: Annotated[int, typer.Option(min=0, help="For encoding; 0 is one for each core.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Encode JSON lines into an indexed dataset.
+
+    [bold]Example:[/bold] megapoly data build --tokenizer poly.model --language th --output data/th th.jsonl.gz
+    """
+    from megapoly.data import builder
+    from megapoly.data.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(tokenizer)
+    names = tuple(name.strip() for name in fields.split(",")) if fields else ()
+    options = builder.Options(names, pairs, key_field, validation, seed, threads, overwrite)
+    begun = time.monotonic()
+    with _bar(output.name) as (bar, task):
+
+        def show(state: builder.Progress) -> None:
+            bar.update(task, completed=state.input_read, total=state.input_size)
+
+        made = builder.build(files, output, loaded, language=language, options=options, progress=show)
+    spent = time.monotonic() - begun
+    print(
+        f"{output}: {made.documents:,} documents ({made.validation.documents:,} held out), {made.bytes / 1e6:.2f} MB,"
+        f" {made.tokens:,} tokens, {made.bytes / made.tokens:.3f} bytes/token, {spent:.1f} s,"
+        f" {made.bytes / 1e6 / spent:.1f} MB/s"
+    )
+
+
+@data_app.command("inspect")
+def data_inspect(
+    prefixes: Prefixes,
+    tokenizer: Annotated[Path | None, typer.Option(help="Check that this tokenizer built them.")] = None,
+    document: Annotated[int | None, typer.Option(help="Show this document; as text, with --tokenizer.")] = None,
+) -> None:
+    """What indexed datasets hold.
+
+    [bold]Example:[/bold] megapoly data inspect data/en data/th --tokenizer poly.model --document 0
+    """
+    from megapoly.data.indexed import IndexedDataset
+    from megapoly.data.tokenizer import Tokenizer, check_matches
+
+    loaded = Tokenizer.load(tokenizer) if tokenizer else None
+    table = _table(
+        "dataset", "language", "documents", "held out", "tokens", "held out", "MB of text", "dtype", "tokenizer"
+    )
+    shown = []
+    for prefix in prefixes:
+        dataset = IndexedDataset(prefix)
+        if loaded:
+            check_matches(loaded, dataset)
+        side = dataset.sidecar
+        table.add_row(
+            str(prefix),
+            side.language if side else "?",
+            f"{dataset.documents:,}",
+            f"{dataset.documents - dataset.train_documents:,}",
+            f"{dataset.tokens:,}",
+            f"{dataset.tokens - dataset.train_tokens:,}",
+            f"{side.bytes / 1e6:.2f}" if side else "?",
+            dataset.dtype.name,
+            f"{side.tokenizer.vocabulary} ids, {side.tokenizer.sha256[:8]}" if side else "?",
+        )
+        if document is not None:
+            if not 0 <= document < dataset.documents:
+                raise DataError(f"{prefix}: document {document} of {dataset.documents}; the first is 0")
+            ids = dataset.document(document).tolist()
+            shown.append(f"{prefix}, document {document}, {len(ids)} tokens:\n{loaded.decode(ids) if loaded else ids}")
+    Console().print(table)
+    for text in shown:
+        print(text)
+
+
+@data_app.command("verify")
+def data_verify(
+    prefixes: Prefixes,
+    vocabulary: Annotated[int | None, typer.Option(help="Of datasets without a .json, to check their ids.")] = None,
+) -> None:
+    """Read every byte of indexed datasets, and say where they are damaged.
+
+    [bold]Example:[/bold] megapoly data verify data/en data/th
+    """
+    from megapoly.data.verify import verify
+
+    damaged = 0
+    for prefix in prefixes:
+        with _bar(prefix.name) as (bar, task):
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            found = verify(prefix, vocabulary=vocabulary, progress=show)
+        print(f"{prefix}: {f'{len(found)} damaged places' if found else 'whole'}")
+        for damage in found:
+            print(f"  {damage}")
+        damaged += bool(found)
+    if damaged:
+        raise DataError(f"{damaged} of {len(prefixes)} datasets are damaged; build or copy them anew")
+
+
+@app.command("train")
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as layout.tp=2.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    stop_step: Annotated[int | None, typer.Option(min=1, help="Save and end after this step.")] = None,
+) -> None:
+    """Train a model, alone or as one rank of a torchrun.
+
+    Ctrl-C or SIGTERM saves a checkpoint and ends. --resume takes any layout.
+
+    [bold]Example:[/bold] torchrun --nproc-per-node 8 -m megapoly train run.toml --set layout.tp=2
+    """
+    from megapoly.launch import run_training
+
+    raise typer.Exit(run_training(config, overrides or [], resume, stop_step))
+
+
+@app.command("generate")
+def generate(
+    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
+    prompts: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be given several times.")],
+    tokens: Annotated[int, typer.Option(help="Most tokens of a continuation.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that together reach this.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="Model file; the run's own where not given.")] = None,
+) -> None:
+    """Continue texts with a trained model.
+
+    [bold]Example:[/bold] megapoly generate runs/demo --prompt "Die Sprache" --tokens 40 --temperature 0.8 --top-p 0.9
+    """
+    from megapoly.generate import Generator, Sampling
+
+    sampling = Sampling(tokens, temperature, top_p, seed)
+    generator = Generator(run, tokenizer)
+    for prompt in prompts:
+        print(f"{prompt}|{generator.continue_text(prompt, sampling)}")
+
+
+@plan_app.command("schedule")
+def plan_schedule(
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")],
+    microbatches: Annotated[int, typer.Option(min=1, help="Micro-batches of one rank in a step.")],
+    schedule: Annotated[str, typer.Option(help="gpipe or 1f1b.")] = "1f1b",
+    forward: Annotated[float, typer.Option(min=0.0, help="Time of a forward pass of one stage.")] = 1.0,
+    backward: Annotated[float, typer.Option(min=0.0, help="Time of a backward pass of one stage.")] = 2.0,
+) -> None:
+    """Draw a pipeline schedule: who does what when, bubbles, live activations.
+
+    [bold]Example:[/bold] megapoly plan schedule --pp 4 --microbatches 8 --schedule 1f1b
+    """
+    from megapoly.pipeline import schedule as schedules
+
+    try:
+        timeline = schedules.simulate(schedules.build(schedule, pp, microbatches), forward, backward)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(schedules.render(timeline))
+
+
+def _language_files(arguments: Sequence[str]) -> dict[str, list[Path]]:
+    grouped: dict[str, list[Path]] = {}
+    for argument in arguments:
+        language, separator, path = argument.partition("=")
+        if not (language and separator and path):
+            raise DataError(f"{argument!r}: expected LANG=FILE, such as th=th.jsonl.gz")
+        grouped.setdefault(language, []).append(Path(path))
+    return grouped
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[tuple[Progress, Any]]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield bar, bar.add_task(name, total=None)
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from megapoly.data.files import write_whole
+
+    device = f"{platform.machine()} {platform.system()}"
+    versions = {"megapoly": __version__, "python": platform.python_version()}
+    write_whole(path, json.dumps({"device": device, "versions": versions, "rows": list(rows)}, indent=1).encode())

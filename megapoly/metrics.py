@@ -1,0 +1,218 @@
+"""What a run reports: a line per step on the terminal, one JSON object per event in ``log.jsonl``, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tensorboard.summary import Writer
+
+from megapoly.config import Config, Model
+from megapoly.context import ParallelContext
+
+# Dense bf16 peaks of one device in TFLOP/s, from the vendors' data sheets.
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+
+
+def parameter_count(model: Model) -> int:
+    """Logical parameters, position table included; the tied embedding counts once."""
+    h, f = model.hidden, model.ffn
+    kv = 2 * model.groups * model.head_dim
+    layer = h * (h + kv) + (h + kv) + h * h + h + 2 * h * f + f + h + 4 * h
+    return model.layers * layer + (model.vocabulary + model.positions) * h + 2 * h
+
+
+def flops_per_token(model: Model, sequence: int) -> float:
+    """Forward and backward, as 6 N + 12 layers x hidden x sequence (Chowdhery et al., arXiv 2204.02311, appendix B).
+
+    N leaves out the position table, which is not multiplied. Causality is not discounted.
+    """
+    n = parameter_count(model) - model.positions * model.hidden
+    return 6.0 * n + 12.0 * model.layers * model.hidden * sequence
+
+
+class Recorder:
+    """Writes on rank 0 only; on other ranks every method returns at once.
+
+    Args:
+        sources: names in the order of the plan; each has a language in ``config.data.sources``.
+    """
+
+    def __init__(self, config: Config, context: ParallelContext, sources: list[str], console: Console) -> None:
+        self.config, self.context, self.sources, self.console = config, context, sources, console
+        self.languages = [config.data.sources[name].language for name in sources]
+        self.active = context.rank == 0
+        self.began = time.perf_counter()
+        self.first_tokens: int | None = None
+        self._live = False
+        self._writer: Writer | None = None
+        self._seconds: dict[str, float] = {}
+        folder = config.train.directory
+        if self.active:
+            self._log = open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1)
+            if config.log.tensorboard:
+                self._writer = Writer(str(folder / "tensorboard"))
+        peak = config.log.peak_tflops or _known_peak(context.device)
+        self.peak_flops = peak * 1e12 * context.mesh.world_size if peak else None
+        self.flops = flops_per_token(config.model, config.train.sequence)
+
+    def note(self, text: str) -> None:
+        """A line of its own on the terminal."""
+        if self._live:
+            self.console.print()
+            self._live = False
+        self.console.print(text)
+
+    def start(self, step: int, sample: int, tokens: int, resumed_from: str | None) -> None:
+        self._event(
+            "start", step=step, sample=sample, tokens=tokens, layout=str(self.context.mesh), resumed_from=resumed_from
+        )
+
+    def step(self, values: dict[str, Any], seconds: Mapping[str, float]) -> None:
+        """``values``: step, tokens, sample, stage, stage_share, loss, learning_rate, gradient_norm, source_loss, source_tokens.
+
+        ``seconds``: the step's time in all (``step``) and by part.
+        """
+        if not self.active:
+            return
+        begin_tokens = values["tokens"] - self.config.step_tokens
+        if self.first_tokens is None:
+            self.first_tokens, self.began = begin_tokens, time.perf_counter() - seconds["step"]
+        speed = self.config.step_tokens / seconds["step"]
+        sums, counts = values.pop("source_loss"), values.pop("source_tokens")
+        share = sum(seconds[part] for part in seconds if part.startswith("wait "))
+        self._event(
+            "train",
+            **values,
+            tokens_per_second=round(speed, 1),
+            layout=str(self.context.mesh),
+            seconds={part: round(value, 5) for part, value in seconds.items()},
+            sources={
+                name: {"loss": total / count, "tokens": count}
+                for name, total, count in zip(self.sources, sums, counts)
+                if count
+            },
+        )
+        if values["step"] % self.config.log.every_steps:
+            return
+        self._line(values, speed)
+        self._scalars(values, speed, share / seconds["step"], seconds, self._by_language(sums, counts))
+
+    def validation(
+        self, at: str, step: int, tokens: int, sums: list[float], counts: list[float], sizes: list[float]
+    ) -> None:
+        """Held-out loss by source: sums of token losses in nats, counted tokens, and bytes of their text."""
+        if not self.active:
+            return
+        rows = {
+            name: (total / count, total / (0.6931471805599453 * size))
+            for name, total, count, size in zip(self.sources, sums, counts, sizes)
+            if count and size
+        }
+        losses, bits = ({name: row[i] for name, row in rows.items()} for i in (0, 1))
+        self._event("validation", at=at, step=step, tokens=tokens, loss=losses, bits_per_byte=bits)
+        for name in rows:
+            self._scalar(f"validation/bits_per_byte/{name}", bits[name], tokens)
+            self._scalar(f"validation/loss/{name}", losses[name], tokens)
+        table = Table(title=f"validation {at} training, {tokens / 1e6:.2f} M tokens" if at != "periodic" else "validation")
+        table.add_column("bits per byte")
+        for name in rows:
+            table.add_column(name, justify="right")
+        table.add_row("", *(f"{value:.3f}" for value in bits.values()))
+        self.note("  ".join(f"{name} {value:.2f}" for name, value in bits.items()) + f"   bits per byte, {at}")
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        if self._live:
+            self.console.print()
+        self._log.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _by_language(self, sums: list[float], counts: list[int]) -> dict[str, float]:
+        total: dict[str, list[float]] = {}
+        for language, loss, count in zip(self.languages, sums, counts):
+            entry = total.setdefault(language, [0.0, 0.0])
+            entry[0] += loss
+            entry[1] += count
+        return {language: loss / count for language, (loss, count) in total.items() if count}
+
+    def _line(self, values: dict[str, Any], speed: float) -> None:
+        assert self.first_tokens is not None
+        done = values["tokens"] - self.first_tokens
+        left = (self.config.total_tokens - values["tokens"]) * (time.perf_counter() - self.began) / max(1, done)
+        text = (
+            f"step {values['step']:>5}/{self.config.total_steps}  {values['stage']} {values['stage_share']:4.0%}"
+            f"  {_si(values['tokens'])} tokens  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}"
+            f"  norm {values['gradient_norm']:.2f}  {_si(speed)} tokens/s  left {_clock(left)}"
+        )
+        if self.console.is_terminal:
+            self.console.print(text, end="\r")
+            self._live = True
+        else:
+            self.console.print(text)
+
+    def _scalars(
+        self, values: dict[str, Any], speed: float, waiting: float, seconds: Mapping[str, float], languages: dict[str, float]
+    ) -> None:
+        tokens = values["tokens"]
+        for key in ("loss", "learning_rate", "gradient_norm"):
+            self._scalar(f"train/{key}", values[key], tokens)
+        for name, value in languages.items():
+            self._scalar(f"train/loss by language/{name}", value, tokens)
+        self._scalar("speed/tokens per second", speed, tokens)
+        self._scalar("speed/model TFLOP per second", speed * self.flops / 1e12, tokens)
+        if self.peak_flops:
+            self._scalar("speed/MFU", speed * self.flops / self.peak_flops, tokens)
+        self._scalar("speed/share of the step in communication", waiting, tokens)
+        for part, value in seconds.items():
+            self._scalar(f"seconds/{part}", value, tokens)
+        self._scalar("memory/peak GB of rank 0", _peak_memory(self.context.device) / 1e9, tokens)
+
+    def _scalar(self, tag: str, value: float, tokens: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, tokens)
+
+    def _event(self, kind: str, **values: Any) -> None:
+        if self.active:
+            self._log.write(json.dumps({"kind": kind, **values}) + "\n")
+
+
+def _known_peak(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def _si(value: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= factor:
+            return f"{value / factor:.2f}{unit}"
+    return f"{value:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def log_path(directory: Path) -> Path:
+    return directory / "log.jsonl"

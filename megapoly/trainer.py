@@ -1,0 +1,261 @@
+"""The training loop: a run folder, its plan and data, steps, validation, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from megapoly import comm
+from megapoly.checkpoint import state, store
+from megapoly.checkpoint.state import Counters
+from megapoly.config import Config
+from megapoly.context import ParallelContext
+from megapoly.data.indexed import IndexedDataset
+from megapoly.data.loader import Loader, open_datasets
+from megapoly.data.plan import Plan, check_datasets, plan_from_config
+from megapoly.data.samples import Batch, validation
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.engine import Engine
+from megapoly.errors import CheckpointError, ConfigError, MegapolyError
+from megapoly.metrics import Recorder, parameter_count
+from megapoly.optim.lr import learning_rate
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Run:
+    """Everything that a loop needs; ``counters`` move on."""
+
+    config: Config
+    context: ParallelContext
+    engine: Engine
+    plan: Plan
+    datasets: dict[str, IndexedDataset]
+    token_bytes: torch.Tensor
+    counters: Counters
+    resumed_from: Path | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.train.directory / CHECKPOINTS
+
+
+def train(
+    run: Run,
+    console: Console,
+    *,
+    stop_step: int | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Counters:
+    """Train to the end of the plan, to ``stop_step``, or until some rank's ``stopping()``; save; return the counters.
+
+    Collective.
+    """
+    recorder = Recorder(run.config, run.context, [source.name for source in run.plan.sources], console)
+    last = run.config.total_steps if stop_step is None else min(stop_step, run.config.total_steps)
+    try:
+        _announce(run, recorder)
+        _loop(run, recorder, last, stopping)
+    finally:
+        recorder.close()
+    return run.counters
+
+
+def prepare(config: Config, context: ParallelContext, resume: bool = False) -> Run:
+    """A run that is ready to train: a new one in a folder without one, or the newest whole checkpoint of one.
+
+    Collective. An error on some ranks is raised on all, so that none is left waiting.
+    """
+    run, error = None, None
+    try:
+        run = _prepare(config, context, resume)
+    except MegapolyError as caught:
+        error = caught
+    outcomes = comm.broadcast_object(comm.gather_objects(error, context.control), context.control)
+    first = next((outcome for outcome in outcomes if outcome is not None), None)
+    if first is not None:
+        raise first
+    assert run is not None
+    return run
+
+
+def _prepare(config: Config, context: ParallelContext, resume: bool) -> Run:
+    """Open data, build the engine, and take the run's state from a checkpoint or from the seed."""
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocabulary > config.model.vocabulary:
+        raise ConfigError(
+            f"model.vocabulary {config.model.vocabulary} is less than the {tokenizer.vocabulary} pieces of"
+            f" {config.data.tokenizer}; set it to {tokenizer.vocabulary} or more"
+        )
+    datasets = open_datasets(config.data, tokenizer)
+    reader = _reader(config, resume)
+    if reader is not None:
+        state.check_identity(reader, config)
+        plan = Plan.from_document(reader.meta["plan"])
+        check_datasets(plan, datasets)
+    else:
+        plan = plan_from_config(config, datasets)
+    engine = Engine(config, context)
+    counters = Counters()
+    if reader is None:
+        engine.initialise()
+        if context.rank == 0:
+            _write_config(config)
+    else:
+        counters = state.load(reader, config, engine.optimizer)
+    bytes_of = torch.zeros(config.model.vocabulary, dtype=torch.int64)
+    bytes_of[: tokenizer.vocabulary] = torch.from_numpy(tokenizer.byte_lengths().astype(np.int64))
+    return Run(config, context, engine, plan, datasets, bytes_of, counters, reader.path if reader else None)
+
+
+def _reader(config: Config, resume: bool) -> store.Reader | None:
+    folder = config.train.directory
+    if resume:
+        return state.open_newest(folder / CHECKPOINTS)
+    if (folder / CHECKPOINTS).exists() or (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder}: holds a run already; give --resume to go on with it, or set train.directory to a new folder"
+        )
+    return None
+
+
+def _write_config(config: Config) -> None:
+    folder = config.train.directory
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".config.json"
+        temporary.write_text(json.dumps(config.document(), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / "config.json")
+    except OSError as error:
+        raise ConfigError(f"train.directory {folder}: cannot be written ({error.strerror})") from error
+
+
+def _announce(run: Run, recorder: Recorder) -> None:
+    config, counters = run.config, run.counters
+    count = parameter_count(config.model)
+    recorder.note(
+        f"{count / 1e6:.1f} M parameters, {run.context.mesh}, {config.microbatches} micro-batches of"
+        f" {config.layout.micro_batch}, {config.layout.schedule}, {config.train.precision}"
+    )
+    if run.resumed_from is not None:
+        recorder.note(f"goes on from {run.resumed_from.name} at step {counters.step}, sample {counters.sample}")
+    recorder.start(
+        counters.step, counters.sample, counters.tokens, str(run.resumed_from) if run.resumed_from else None
+    )
+
+
+def _loop(run: Run, recorder: Recorder, last_step: int, stopping: Callable[[], bool]) -> None:
+    config, engine = run.config, run.engine
+    if run.counters.step == 0:
+        _validate(run, recorder, "before")
+    saved = run.resumed_from is not None
+    axes = run.context.axes()
+    with Loader(
+        config, run.plan, run.datasets, start=run.counters.sample, rank=run.context.dp.rank, with_tokens=engine.needs_tokens
+    ) as loader:
+        while run.counters.step < last_step:
+            begin = time.perf_counter()
+            waited = {axis.name: axis.traffic.seconds for axis in axes}
+            batches = next(loader)
+            loaded = time.perf_counter()
+            counters = run.counters
+            rate = learning_rate(config.optimizer, counters.tokens, config.total_tokens)
+            result = engine.step(batches, rate, len(run.plan.sources), stopping())
+            stage = run.plan.stage_at(counters.sample)
+            run.counters = counters = Counters(
+                counters.step + 1, counters.sample + config.train.global_batch, counters.tokens + config.step_tokens
+            )
+            saved = False
+            recorder.step(
+                {
+                    "step": counters.step,
+                    "tokens": counters.tokens,
+                    "sample": counters.sample,
+                    "stage": stage.stage,
+                    "stage_share": (counters.sample - stage.first_sample) / stage.samples,
+                    "loss": result.loss,
+                    "learning_rate": rate,
+                    "gradient_norm": result.gradient_norm,
+                    "source_loss": result.source_loss,
+                    "source_tokens": result.source_tokens,
+                },
+                {
+                    "step": time.perf_counter() - begin,
+                    "data": loaded - begin,
+                    **result.seconds,
+                    **{f"wait {axis.name}": axis.traffic.seconds - waited[axis.name] for axis in axes if axis.size > 1},
+                },
+            )
+            _validate_if_due(run, recorder, stage.end)
+            if counters.step % config.checkpoint.every_steps == 0:
+                saved = _save(run, recorder)
+            if result.stop:
+                recorder.note("asked to stop")
+                break
+    if not saved:
+        _save(run, recorder)
+
+
+def _validate_if_due(run: Run, recorder: Recorder, stage_end: int) -> None:
+    every, counters = run.config.validation.every_steps, run.counters
+    if counters.step == run.config.total_steps:
+        _validate(run, recorder, "after")
+    elif counters.sample == stage_end:
+        _validate(run, recorder, "between")
+    elif every and counters.step % every == 0:
+        _validate(run, recorder, "periodic")
+
+
+def _save(run: Run, recorder: Recorder) -> bool:
+    path = state.save(run.checkpoints, run.config, run.plan, run.counters, run.engine.optimizer, run.context)
+    recorder.note(f"saved {path.parent.name}/{path.name}")
+    return True
+
+
+def _validate(run: Run, recorder: Recorder, at: str) -> None:
+    """Loss sums, counted tokens and bytes of every source's held-out windows, over all ranks."""
+    config, context = run.config, run.context
+    if not config.validation.windows:
+        return
+    sources = len(run.plan.sources)
+    totals = torch.zeros(3, sources, dtype=torch.float64)
+    batches = [batch for source in range(sources) for batch in _validation_batches(run, source)]
+    for losses_SB, batch in zip(run.engine.evaluate(batches), batches):
+        assert batch.labels is not None
+        counted = batch.labels >= 0
+        values = (losses_SB.double().sum(), counted.sum(), run.token_bytes[batch.labels[counted]].sum())
+        for row, value in enumerate(values):
+            totals[row, int(batch.source[0])] += float(value)
+    if context.tp.rank > 0:
+        totals.zero_()
+    totals = totals.to(context.device)
+    comm.all_reduce(totals, context.dp)
+    comm.all_reduce(totals, context.model)
+    sums, counts, sizes = totals.tolist()
+    recorder.validation(at, run.counters.step, run.counters.tokens, sums, counts, sizes)
+
+
+def _validation_batches(run: Run, source: int) -> list[Batch]:
+    """This data-parallel rank's micro-batches of one source's held-out windows."""
+    config, dp = run.config, run.context.dp
+    batch = validation(
+        run.plan,
+        run.datasets,
+        source,
+        windows=config.validation.windows,
+        rows_multiple=config.layout.micro_batch * dp.size,
+        vocabulary=config.model.vocabulary,
+        separate_documents=config.data.separate_documents,
+        with_tokens=run.engine.needs_tokens,
+    )
+    part = len(batch.samples) // dp.size
+    return batch.rows(dp.rank * part, (dp.rank + 1) * part).split(config.layout.micro_batch)

@@ -1,0 +1,119 @@
+"""What a user gets wrong, or what breaks, is one clear error before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from megapoly import config
+from megapoly.context import ParallelContext
+from megapoly.data import builder
+from megapoly.data.samples import Batch
+from megapoly.data.tokenizer import Tokenizer, train_tokenizer
+from megapoly.engine import Engine
+from megapoly.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megapoly.trainer import prepare, train
+
+
+def go(toml: Path, run: Path, *extra: str, resume: bool = False, stop_step: int | None = 2) -> None:
+    settings = config.load(toml, [f"train.directory={str(run)!r}", "validation.windows=0", *extra]).on(1)
+    train(prepare(settings, ParallelContext.create(), resume), Console(quiet=True), stop_step=stop_step)
+
+
+@pytest.fixture
+def folder(toml: Path, tmp_path: Path) -> Path:
+    """A copy of the corpus that may be damaged."""
+    shutil.copytree(toml.parent, tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+def test_a_run_folder_is_not_overwritten(toml: Path, tmp_path: Path) -> None:
+    go(toml, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="holds a run already; give --resume"):
+        go(toml, tmp_path / "run")
+
+
+def test_resume_with_another_config_lists_the_keys(toml: Path, tmp_path: Path) -> None:
+    go(toml, tmp_path / "run")
+    with pytest.raises(ConfigError) as raised:
+        go(toml, tmp_path / "run", "optimizer.learning_rate=0.02", "train.seed=5", resume=True)
+    assert "optimizer.learning_rate: the run has 0.01, the config has 0.02" in str(raised.value)
+    assert "train.seed: the run has 1234, the config has 5" in str(raised.value)
+
+
+def test_resume_of_nothing_never_starts_anew(toml: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no whole checkpoint|has no checkpoint"):
+        go(toml, tmp_path / "run", resume=True)
+
+
+def test_checkpoint_of_another_model(toml: Path, tmp_path: Path) -> None:
+    go(toml, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"model\.layers: the run has 4, the config has 5"):
+        go(toml, tmp_path / "run", "model.layers=5", resume=True)
+
+
+def test_a_changed_dataset_is_refused_on_resume(folder: Path, tmp_path: Path) -> None:
+    toml = folder / "run.toml"
+    go(toml, tmp_path / "run")
+    options = builder.Options(validation_fraction=0.2, threads=1, overwrite=True)
+    builder.build([folder / "ru.jsonl"], folder / "ru", Tokenizer.load(folder / "poly.model"), language="ru", options=options)
+    with pytest.raises(DataError, match="source 'ru' has changed"):
+        go(toml, tmp_path / "run", resume=True)
+
+
+def test_a_tokenizer_of_another_dataset(folder: Path, tmp_path: Path) -> None:
+    train_tokenizer({"ru": [folder / "ru.jsonl"]}, folder / "other.model", vocabulary=310)
+    with pytest.raises(DataError, match="tokenizer"):
+        go(folder / "run.toml", tmp_path / "run", f"data.tokenizer={str(folder / 'other.model')!r}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer(toml: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocabulary 100 is less than the 320 pieces"):
+        go(toml, tmp_path / "run", "model.vocabulary=100")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_and_truncated_files(folder: Path, tmp_path: Path, suffix: str) -> None:
+    path = folder / f"en{suffix}"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"en\{suffix}"):
+        go(folder / "run.toml", tmp_path / "run")
+    path.unlink()
+    with pytest.raises(DataError, match=rf"en\{suffix}"):
+        go(folder / "run.toml", tmp_path / "run")
+
+
+def engine(toml: Path) -> Engine:
+    built = Engine(config.load(toml).on(1), ParallelContext.create())
+    built.initialise()
+    return built
+
+
+def batch(label: int) -> list[Batch]:
+    rows, length = 8, 16
+    tokens = torch.ones(rows, length, dtype=torch.int64)
+    labels = torch.full((rows, length), label)
+    positions = torch.arange(length).expand(rows, length)
+    return Batch(torch.arange(rows), torch.zeros(rows, dtype=torch.int32), tokens, labels, positions, None).split(1)
+
+
+def test_a_batch_without_counted_tokens(toml: Path) -> None:
+    with pytest.raises(TrainingError, match="no token of this global batch is counted"):
+        engine(toml).step(batch(-1), 0.01)
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(toml: Path) -> None:
+    built = engine(toml)
+    with torch.no_grad():
+        built.stage.final_norm.weight[0] = torch.inf
+    before = [parameter.detach().clone() for parameter in built.stage.parameters()]
+    with pytest.raises(TrainingError, match="step 1: the loss .* not finite"):
+        built.step(batch(3), 0.01)
+    for old, new in zip(before, built.stage.parameters()):
+        assert torch.equal(old, new)
