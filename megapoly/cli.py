@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -183,9 +184,7 @@ def data_inspect(
     from megapoly.data.tokenizer import Tokenizer, check_matches
 
     loaded = Tokenizer.load(tokenizer) if tokenizer else None
-    table = _table(
-        "dataset", "language", "documents", "held out", "tokens", "held out", "MB of text", "dtype", "tokenizer"
-    )
+    table = _table("dataset", "lang", "documents", "held\nout", "tokens", "held\nout", "MB", "ids", "model")
     shown = []
     for prefix in prefixes:
         dataset = IndexedDataset(prefix)
@@ -193,15 +192,15 @@ def data_inspect(
             check_matches(loaded, dataset)
         side = dataset.sidecar
         table.add_row(
-            str(prefix),
+            prefix.name,
             side.language if side else "?",
             f"{dataset.documents:,}",
             f"{dataset.documents - dataset.train_documents:,}",
             f"{dataset.tokens:,}",
             f"{dataset.tokens - dataset.train_tokens:,}",
             f"{side.bytes / 1e6:.2f}" if side else "?",
-            dataset.dtype.name,
-            f"{side.tokenizer.vocabulary} ids, {side.tokenizer.sha256[:8]}" if side else "?",
+            f"{side.tokenizer.vocabulary:,}" if side else dataset.dtype.name,
+            side.tokenizer.sha256[:6] if side else "?",
         )
         if document is not None:
             if not 0 <= document < dataset.documents:
@@ -247,6 +246,9 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as layout.tp=2.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume_if_any: Annotated[
+        bool, typer.Option("--resume-if-any", help="The same, or begin where the run has none: for job queues.")
+    ] = False,
     stop_step: Annotated[int | None, typer.Option(min=1, help="Save and end after this step.")] = None,
 ) -> None:
     """Train a model, alone or as one rank of a torchrun.
@@ -257,7 +259,8 @@ def train(
     """
     from megapoly.launch import run_training
 
-    raise typer.Exit(run_training(config, overrides or [], resume, stop_step))
+    mode = "always" if resume else "if-any" if resume_if_any else "never"
+    raise typer.Exit(run_training(config, overrides or [], mode, stop_step))
 
 
 @app.command("generate")
@@ -314,9 +317,9 @@ def _language_files(arguments: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def _table(first: str, *columns: str) -> Table:
-    table = Table(first)
+    table = Table(first, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -325,7 +328,8 @@ def _bar(name: str) -> Iterator[tuple[Progress, Any]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield bar, bar.add_task(name, total=None)
 
 

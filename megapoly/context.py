@@ -48,7 +48,7 @@ class ParallelContext:
     """Every axis of one rank.
 
     ``model`` spans pp and tp: one replica of the model. ``tied`` joins the first and the last stage, which both hold the
-    tied embedding; on other stages it has one rank. ``forward`` and ``backward`` carry activations down the pipeline and
+    tied embedding; on other stages it has one rank. ``pp`` carries activations down the pipeline and ``backward``
     gradients up: two communicators, because NCCL makes one queue of each. ``control`` is a CPU group over all ranks for
     small objects and decisions.
     """
@@ -61,7 +61,6 @@ class ParallelContext:
     tp: Axis
     model: Axis
     tied: Axis
-    forward: Axis
     backward: Axis
     control: Axis
 
@@ -98,10 +97,14 @@ class ParallelContext:
             tp=axis("tp", mesh.groups(("tp",))),
             model=axis("model", mesh.groups(("pp", "tp"))),
             tied=axis("tied", [(ranks[0], ranks[-1]) for ranks in pipelines] if mesh.pp > 1 else []),
-            forward=axis("forward", pipelines),
             backward=axis("backward", pipelines),
             control=axis("control", [tuple(range(mesh.world_size))], backend="gloo" if mesh.world_size > 1 else None),
         )
+
+    def close(self) -> None:
+        """Give back the groups and their threads. Collective."""
+        for group in {id(axis.group): axis.group for axis in self.axes() if axis.group is not None}.values():
+            dist.destroy_process_group(group)
 
     def axes(self) -> list[Axis]:
         """All axes, for metrics."""

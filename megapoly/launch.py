@@ -6,6 +6,8 @@ import datetime
 import os
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +19,9 @@ from rich.console import Console
 
 from megapoly import config as configuration
 from megapoly.context import ParallelContext
-from megapoly.errors import ConfigError, MegapolyError
+from megapoly.errors import ConfigError, MegapolyError, TrainingError
 from megapoly.mesh import Mesh
-from megapoly.trainer import prepare, train
+from megapoly.trainer import Resume, prepare, train
 
 TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -56,15 +58,48 @@ def world() -> tuple[int, int, int]:
     return rank, size, local
 
 
+def _fresh_store() -> dist.Store:
+    """torchrun's store under a prefix of this start alone.
+
+    torchrun keeps one store over its restarts, and a new rank that finds the address of a dead one waits for it in vain.
+    The ranks cannot count starts, since agents that restart together count apart. So rank 0 makes up a prefix and answers
+    with it to what each rank asks under a name that it made up too, until all have it.
+    """
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    prefix = uuid.uuid4().hex
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"megapoly/ask/{rank}", question)
+        prefix = store.get(f"megapoly/answer/{question}").decode()
+        store.add(f"megapoly/heard/{prefix}", 1)
+        return dist.PrefixStore(prefix, store)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    answered: set[bytes] = set()
+    while store.add(f"megapoly/heard/{prefix}", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"megapoly/ask/{other}"]):
+                question = store.get(f"megapoly/ask/{other}")
+                if question not in answered:
+                    answered.add(question)
+                    store.set(f"megapoly/answer/{question.decode()}", prefix)
+        if time.monotonic() > deadline:
+            raise TrainingError(f"not all of the {size} ranks came within {TIMEOUT}; start them with one torchrun command")
+        time.sleep(0.01)
+    return dist.PrefixStore(prefix, store)
+
+
 @contextmanager
-def parallel(mesh: Mesh, local_rank: int) -> Iterator[ParallelContext]:
+def parallel(mesh: Mesh, rank: int, local_rank: int) -> Iterator[ParallelContext]:
     """Process groups for ``mesh`` while the block runs: NCCL on GPUs, gloo on CPUs."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     if mesh.world_size > 1:
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(
+            backend, store=_fresh_store(), rank=rank, world_size=mesh.world_size, timeout=TIMEOUT
+        )
     try:
         yield ParallelContext.create(mesh, device, TIMEOUT)
     finally:
@@ -72,8 +107,13 @@ def parallel(mesh: Mesh, local_rank: int) -> Iterator[ParallelContext]:
             dist.destroy_process_group()
 
 
-def run_training(path: Path, overrides: list[str], resume: bool, stop_step: int | None) -> int:
-    """``megapoly train``; the exit code. Rank 0 speaks for all in set-up, each rank for itself once training."""
+def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: int | None) -> int:
+    """``megapoly train``; the exit code. Rank 0 speaks for all in set-up, each rank for itself once training.
+
+    After a restart by torchrun (``--max-restarts``) the run goes on from its newest whole checkpoint, if it has one.
+    """
+    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        resume = "if-any"
     rank, size, local_rank = world()
     console = Console(quiet=rank != 0, highlight=False, soft_wrap=True)
     stop = StopRequest()
@@ -82,7 +122,7 @@ def run_training(path: Path, overrides: list[str], resume: bool, stop_step: int 
     alike = True  # set-up fails on every rank alike
     try:
         config = configuration.load(path, overrides).on(size)
-        with parallel(config.mesh, local_rank) as context:
+        with parallel(config.mesh, rank, local_rank) as context:
             run = prepare(config, context, resume)
             alike = False
             train(run, console, stop_step=stop_step, stopping=lambda: stop.asked)

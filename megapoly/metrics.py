@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from tensorboard.summary import Writer
 
 from megapoly.config import Config, Model
@@ -88,7 +87,7 @@ class Recorder:
             self.first_tokens, self.began = begin_tokens, time.perf_counter() - seconds["step"]
         speed = self.config.step_tokens / seconds["step"]
         sums, counts = values.pop("source_loss"), values.pop("source_tokens")
-        share = sum(seconds[part] for part in seconds if part.startswith("wait "))
+        waiting = sum(value for part, value in seconds.items() if part.startswith("wait "))
         self._event(
             "train",
             **values,
@@ -104,7 +103,7 @@ class Recorder:
         if values["step"] % self.config.log.every_steps:
             return
         self._line(values, speed)
-        self._scalars(values, speed, share / seconds["step"], seconds, self._by_language(sums, counts))
+        self._scalars(values, speed, waiting / seconds["step"], seconds, self._by_language(sums, counts))
 
     def validation(
         self, at: str, step: int, tokens: int, sums: list[float], counts: list[float], sizes: list[float]
@@ -113,7 +112,7 @@ class Recorder:
         if not self.active:
             return
         rows = {
-            name: (total / count, total / (0.6931471805599453 * size))
+            name: (total / count, total / (math.log(2) * size))
             for name, total, count, size in zip(self.sources, sums, counts, sizes)
             if count and size
         }
@@ -122,12 +121,8 @@ class Recorder:
         for name in rows:
             self._scalar(f"validation/bits_per_byte/{name}", bits[name], tokens)
             self._scalar(f"validation/loss/{name}", losses[name], tokens)
-        table = Table(title=f"validation {at} training, {tokens / 1e6:.2f} M tokens" if at != "periodic" else "validation")
-        table.add_column("bits per byte")
-        for name in rows:
-            table.add_column(name, justify="right")
-        table.add_row("", *(f"{value:.3f}" for value in bits.values()))
-        self.note("  ".join(f"{name} {value:.2f}" for name, value in bits.items()) + f"   bits per byte, {at}")
+        values = "  ".join(f"{name} {value:.2f}" for name, value in bits.items())
+        self.note(f"bits per byte, {at} training, {_si(tokens)} tokens:  {values}")
 
     def close(self) -> None:
         if not self.active:
@@ -212,7 +207,3 @@ def _clock(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def log_path(directory: Path) -> Path:
-    return directory / "log.jsonl"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from megapoly.metrics import Recorder, parameter_count
 from megapoly.optim.lr import learning_rate
 
 CHECKPOINTS = "checkpoints"
+Resume = Literal["never", "always", "if-any"]
 
 
 @dataclass
@@ -70,10 +72,14 @@ def train(
     return run.counters
 
 
-def prepare(config: Config, context: ParallelContext, resume: bool = False) -> Run:
-    """A run that is ready to train: a new one in a folder without one, or the newest whole checkpoint of one.
+def prepare(config: Config, context: ParallelContext, resume: Resume = "never") -> Run:
+    """A run that is ready to train, new or from its newest whole checkpoint.
 
     Collective. An error on some ranks is raised on all, so that none is left waiting.
+
+    Args:
+        resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint where
+            there is one and else begins: for jobs that are queued or restarted by themselves.
     """
     run, error = None, None
     try:
@@ -88,7 +94,7 @@ def prepare(config: Config, context: ParallelContext, resume: bool = False) -> R
     return run
 
 
-def _prepare(config: Config, context: ParallelContext, resume: bool) -> Run:
+def _prepare(config: Config, context: ParallelContext, resume: Resume) -> Run:
     """Open data, build the engine, and take the run's state from a checkpoint or from the seed."""
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocabulary > config.model.vocabulary:
@@ -97,7 +103,7 @@ def _prepare(config: Config, context: ParallelContext, resume: bool) -> Run:
             f" {config.data.tokenizer}; set it to {tokenizer.vocabulary} or more"
         )
     datasets = open_datasets(config.data, tokenizer)
-    reader = _reader(config, resume)
+    reader = _reader(config, context, resume)
     if reader is not None:
         state.check_identity(reader, config)
         plan = Plan.from_document(reader.meta["plan"])
@@ -117,11 +123,14 @@ def _prepare(config: Config, context: ParallelContext, resume: bool) -> Run:
     return Run(config, context, engine, plan, datasets, bytes_of, counters, reader.path if reader else None)
 
 
-def _reader(config: Config, resume: bool) -> store.Reader | None:
+def _reader(config: Config, context: ParallelContext, resume: Resume) -> store.Reader | None:
     folder = config.train.directory
-    if resume:
+    if resume == "always" or (resume == "if-any" and store.steps(folder / CHECKPOINTS)):
         return state.open_newest(folder / CHECKPOINTS)
-    if (folder / CHECKPOINTS).exists() or (folder / "config.json").exists():
+    if resume == "if-any":
+        return None
+    # Rank 0 alone looks, and then begins the folder: others might be late and find what it wrote.
+    if context.rank == 0 and ((folder / CHECKPOINTS).exists() or (folder / "config.json").exists()):
         raise CheckpointError(
             f"{folder}: holds a run already; give --resume to go on with it, or set train.directory to a new folder"
         )

@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -157,6 +158,8 @@ def _fail(ranks: list[_Rank]) -> None:
 def _child(rank: int, size: int, folder: str, timeout: float, payload: bytes, connection: Connection) -> None:
     with open(Path(folder) / f"stacks-{rank}", "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
+        watcher = threading.Thread(target=_end_with_the_parent, args=(connection,), daemon=True)
+        watcher.start()
         try:
             torch.set_num_threads(1)
             store = dist.FileStore(str(Path(folder) / "store"), size)
@@ -165,9 +168,14 @@ def _child(rank: int, size: int, folder: str, timeout: float, payload: bytes, co
             message = pickle.dumps((True, 0.0, function(rank, size, *args)))
         except BaseException:
             message = pickle.dumps((False, time.monotonic(), traceback.format_exc()))
-        # The process lives on until the parent lets go: were it to end now, its peers could fail for that reason.
         connection.send_bytes(message)
-        try:
-            connection.recv_bytes()
-        except (EOFError, OSError):
-            os._exit(0)
+        # The process lives on until the parent lets go: were it to end now, its peers could fail for that reason.
+        watcher.join()
+
+
+def _end_with_the_parent(connection: Connection) -> None:
+    """End this process, whatever it is doing, when the parent closes its end or dies."""
+    try:
+        connection.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(0)

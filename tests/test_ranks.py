@@ -5,7 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +49,11 @@ def rank_one_exits(rank: int, size: int) -> None:
 def rank_one_hangs(rank: int, size: int) -> None:
     if rank == 1:
         threading.Event().wait()
+
+
+def says_who_it_is_and_hangs(rank: int, size: int, folder: str) -> None:
+    (Path(folder) / f"{rank}-is-{os.getpid()}").touch()
+    threading.Event().wait()
 
 
 def unpicklable(rank: int, size: int) -> object:
@@ -113,3 +122,31 @@ def test_a_hanging_rank_is_named_with_its_stack():
 def test_a_result_that_cannot_be_pickled_is_an_error():
     with pytest.raises(RankError, match=r"(?s)rank 0 failed.*pickle"):
         run_ranks(1, unpicklable)
+
+
+def test_the_ranks_end_when_their_parent_is_killed(tmp_path):
+    script = "import sys, tests.ranks, tests.test_ranks as t\nif __name__ == '__main__':\n  "
+    script += "tests.ranks.run_ranks(2, t.says_who_it_is_and_hangs, sys.argv[1])"
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[1])
+    try:
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    pids = [int(path.name.split("-")[-1]) for path in tmp_path.iterdir()]
+    wait_until(lambda: not any(runs(pid) for pid in pids))
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

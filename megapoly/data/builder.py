@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 import megapoly
 from megapoly.data import _index, bilingual
-from megapoly.data.files import JsonLines, Record, partial, sync_folder, write_synced
+from megapoly.data.files import JsonLines, Record, partial, sync_folder, temporaries, write_synced
 from megapoly.data.indexed import Checksums, Sidecar, TokenizerMark, Validation, dtype_code, part
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import ConfigError, DataError
@@ -123,18 +123,16 @@ def build(
         raise DataError(f"{', '.join(present)}: exists already; choose another name or overwrite it")
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        sidecar = _write(inputs, finals, tokenizer, language, options, progress)
-        write_synced(partial(finals[".json"]), sidecar.text().encode())
-        # From here to the end there is no .idx under the final name, so an interrupted build cannot be opened.
-        finals[".idx"].unlink(missing_ok=True)
-        for path in finals.values():
-            os.replace(partial(path), path)
-        sync_folder(prefix.parent)
+        with temporaries(*finals.values()):
+            sidecar = _write(inputs, finals, tokenizer, language, options, progress)
+            write_synced(partial(finals[".json"]), sidecar.text().encode())
+            # From here to the end there is no .idx under the final name, so an interrupted build cannot be opened.
+            finals[".idx"].unlink(missing_ok=True)
+            for path in finals.values():
+                os.replace(partial(path), path)
+            sync_folder(prefix.parent)
     except OSError as error:
         raise DataError(f"{prefix}: cannot be written ({error})") from error
-    finally:
-        for path in finals.values():
-            partial(path).unlink(missing_ok=True)
     return sidecar
 
 

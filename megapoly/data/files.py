@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -95,6 +96,16 @@ def partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+@contextmanager
+def temporaries(*paths: Path) -> Iterator[None]:
+    """At the end, however it comes, remove what still has its temporary name."""
+    try:
+        yield
+    finally:
+        for path in paths:
+            partial(path).unlink(missing_ok=True)
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write a file and bring it to the disk."""
     with open(path, "wb") as file:
@@ -118,13 +129,11 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    temporary = partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(temporary, data)
-        os.replace(temporary, path)
+        with temporaries(path):
+            write_synced(partial(path), data)
+            os.replace(partial(path), path)
         sync_folder(path.parent)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

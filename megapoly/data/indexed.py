@@ -1,10 +1,10 @@
 """Indexed datasets: tokens on disk in Megatron's format, with a sidecar beside it. No torch.
 
-PREFIX.bin holds the tokens of all documents, one after another. PREFIX.idx, little-endian: magic, version 1 (u64), dtype
-code (u8), number of sequences n (u64), number of document indices d + 1 (u64), n lengths in tokens (i32), n pointers in
-bytes (i64), d + 1 indices (i64): document i is sequences [indices[i], indices[i + 1]). Source of the format:
-megatron.core.datasets.indexed_dataset. We write one sequence per document and read any number. PREFIX.json, which only
-megapoly writes, is a :class:`Sidecar`. Held-out documents stand at the end of the file.
+PREFIX.bin holds the tokens of all documents, one after another. PREFIX.idx, little-endian: magic, version 1 (u64),
+dtype code (u8), number of sequences n (u64), number of document indices d + 1 (u64), n lengths in tokens (i32), n
+pointers in bytes (i64), d + 1 indices (i64): document i is sequences [indices[i], indices[i + 1]). The format is that
+of megatron.core.datasets.indexed_dataset. We write one sequence per document and read any number. PREFIX.json, which
+only megapoly writes, is a :class:`Sidecar`. Held-out documents stand at the end of the file.
 """
 
 from __future__ import annotations
@@ -187,6 +187,8 @@ class IndexedDataset:
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents}")
         start, stop = self.start(i), self.start(i + 1)
+        if not 0 <= start <= stop <= self.tokens:
+            raise self._damaged(f"the pointers of the documents {i} and {i + 1}")
         vocabulary = self.sidecar.tokenizer.vocabulary if self.sidecar else np.iinfo(np.int64).max
         return self.gather(np.array([start]), stop - start, vocabulary)[0]
 

@@ -93,7 +93,7 @@ def read(
         if windows is not None:
             windows[rows] = dataset.gather(starts[rows], length + 1, vocabulary)
         if flags is not None:
-            _mark(flags, rows, dataset, starts[rows], dataset.train_tokens)
+            _mark(flags, rows, dataset, starts[rows])
     return _batch(samples, located.source, windows, flags, length)
 
 
@@ -135,7 +135,7 @@ def validation(
     flags = None
     if separate_documents:
         flags = np.zeros((padded, length + 1), bool)
-        _mark(flags, np.arange(count), dataset, starts, end)
+        _mark(flags, np.arange(count), dataset, starts)
     numbers = np.where(np.arange(padded) < count, np.arange(padded), -1)
     return _batch(numbers, np.full(padded, source, np.int32), tokens, flags, length)
 
@@ -145,11 +145,10 @@ def _mark(
     rows: npt.NDArray[np.intp],
     dataset: IndexedDataset,
     starts: npt.NDArray[np.int64],
-    end: int,
 ) -> None:
-    """Set ``flags[row, i]`` where token ``start + i`` of the row's window begins a document. Tokens end at ``end``."""
+    """Set ``flags[row, i]`` where token ``start + i`` of the row's window begins a document."""
     for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-        boundaries = dataset.boundaries(start, min(start + flags.shape[1], end))
+        boundaries = dataset.boundaries(start, start + flags.shape[1])
         flags[row, boundaries - start] = True
 
 

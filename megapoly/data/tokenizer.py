@@ -120,7 +120,7 @@ def train_tokenizer(
         vocabulary: number of ids, with <unk> 0, <s> 1, </s> 2 and 256 byte pieces.
         alpha: a language with n bytes is seen in proportion to n^alpha (arXiv 1911.02116). 1 is as the corpus
             is; 0 makes all alike. Lines of small languages are repeated.
-        budget: bytes of text to train on, at most as many as there are. 200 MB need some 3 GB of memory.
+        budget: bytes of text to train on, at most as many as there are. 200 MB need some 2 GB of memory.
         text_field: the field of a record that holds the text.
         overwrite: replace ``output`` where it exists.
 

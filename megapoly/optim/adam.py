@@ -34,15 +34,15 @@ class AdamW:
     def step(self, rate: float, scale: float) -> None:
         """One update with learning rate ``rate`` from the buckets' gradients times ``scale``."""
         self.steps += 1
-        c = self.config
-        correction1, correction2 = 1 - c.beta1**self.steps, 1 - c.beta2**self.steps
+        config = self.config
+        correction1, correction2 = 1 - config.beta1**self.steps, 1 - config.beta2**self.steps
         for bucket, state in zip(self.buffers.buckets, self.states):
-            keep = 1 - rate * c.weight_decay if bucket.plan.decay else 1.0
+            keep = 1 - rate * config.weight_decay if bucket.plan.decay else 1.0
             for weight, gradient, first, second in _chunks(bucket, state):
                 gradient.mul_(scale)
-                first.lerp_(gradient, 1 - c.beta1)
-                second.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
-                denominator = second.div(correction2).sqrt_().add_(c.epsilon)
+                first.lerp_(gradient, 1 - config.beta1)
+                second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+                denominator = second.div(correction2).sqrt_().add_(config.epsilon)
                 weight.mul_(keep).addcdiv_(first, denominator, value=-rate / correction1)
             if "master" in state:
                 bucket.values.copy_(state["master"])

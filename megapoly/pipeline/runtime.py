@@ -110,7 +110,7 @@ class Pipeline:
     def _transfer(self, run: _Run, action: Action, placement: Sequence[int], call: Any) -> None:
         kind, stage, microbatch = action
         key = (stage, microbatch)
-        forward, backward = self.context.forward, self.context.backward
+        forward, backward = self.context.pp, self.context.backward
         if kind is Kind.RECV_FORWARD:
             run.activations[key] = self._receive(forward, placement[stage - 1], call)
         elif kind is Kind.RECV_BACKWARD:

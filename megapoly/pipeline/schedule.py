@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 
-class Kind(enum.Enum):
+class Kind(str, enum.Enum):
     """What an action does; messages are named by the stage that acts, not by its neighbour."""
 
     FORWARD = "forward"
@@ -149,7 +149,7 @@ def add_communication(schedule: Schedule) -> Schedule:
     """
     departure = _departures(schedule)
     lists = []
-    for rank, compute in enumerate(schedule.actions):
+    for compute in schedule.actions:
         position = {action: i for i, action in enumerate(compute)}
         slots: dict[int, list[Action]] = defaultdict(list)  # receives by the index of the compute action that follows
         for direction in RECEIVE:
@@ -178,19 +178,11 @@ def add_communication(schedule: Schedule) -> Schedule:
 
 def _departures(schedule: Schedule) -> dict[Action, tuple[float, int]]:
     """A key for every message that puts them in one order: time of departure, then distance along the pipeline."""
-    lists = tuple(
-        tuple(
-            each
-            for action in compute
-            for each in (
-                *(need for need in _needs(schedule, action) if need.kind in RECEIVE),
-                action,
-                *_sends(schedule, action),
-            )
-        )
-        for compute in schedule.actions
-    )
-    spans = _execute(replace(schedule, actions=lists), dict.fromkeys(COMPUTE, 1.0), 0.0, queued=False)
+    lists = []
+    for compute in schedule.actions:
+        receives = [need for action in compute for need in _needs(schedule, action) if need.kind in RECEIVE]
+        lists.append((*receives, *(each for action in compute for each in (action, *_sends(schedule, action)))))
+    spans = _execute(replace(schedule, actions=tuple(lists)), dict.fromkeys(COMPUTE, 1.0), 0.0, queued=False)
     return {
         (message := schedule.message(send)): (stop, message.stage if send.kind is Kind.SEND_FORWARD else -message.stage)
         for each in spans
@@ -294,80 +286,82 @@ class Span(NamedTuple):
     stop: float
 
 
-# By direction, or by message where there are no queues, and by rank: messages with the times of their posting.
-_Queues = dict[tuple[Kind | Action, int], deque[tuple[Action, float]]]
-
-
 def _execute(schedule: Schedule, cost: dict[Kind, float], communication: float, *, queued: bool) -> list[list[Span]]:
-    """Run the schedule on a clock; ValueError where no rank can go on.
+    """Compute actions with their times, per rank; ValueError where no rank can go on."""
+    run = _Execution(schedule, cost, communication, queued)
+    while any([run.advance(rank) for rank in range(schedule.ranks)]):
+        pass
+    stuck = [rank for rank, actions in enumerate(schedule.actions) if run.at[rank] < len(actions)]
+    if not stuck:
+        return run.spans
+    places = [f"rank {rank} at action {run.at[rank]}, {schedule.actions[rank][run.at[rank]]}" for rank in stuck]
+    heads = [
+        f"the {'activations' if lane is Kind.RECV_FORWARD else 'gradients'} of rank {rank} wait with {queue[0][0]}"
+        for (lane, rank), queue in run.queues.items()
+        if queue and queued
+    ]
+    raise ValueError(f"schedule {schedule.name} deadlocks: {'; '.join(places + heads)}")
+
+
+class _Execution:
+    """A schedule on a clock.
 
     A message is under way for ``communication`` from the moment when both its sides are posted, if ``queued`` stand at
     the heads of their queues, and the message before it on its route has arrived.
     """
-    spans: list[list[Span]] = [[] for _ in schedule.actions]
-    clock = [0.0] * schedule.ranks
-    at = [0] * schedule.ranks
-    sent: list[deque[Action]] = [deque() for _ in schedule.actions]
-    queues: _Queues = defaultdict(deque)
-    arrived: dict[Action, float] = {}
-    free: dict[tuple[int, int], float] = defaultdict(float)
 
-    def post(rank: int, action: Action) -> None:
-        message = schedule.message(action)
-        if message != action:
-            sent[rank].append(message)
-        lane = message.kind if queued else message
-        queues[lane, rank].append((message, clock[rank]))
-        todo = [schedule.route(message)]
-        while todo:  # what arrives may free the way for messages behind it, in both queues
-            route = todo.pop()
-            source, target = (queues[lane, end] for end in route)
+    def __init__(self, schedule: Schedule, cost: dict[Kind, float], communication: float, queued: bool) -> None:
+        self.schedule, self.cost, self.communication, self.queued = schedule, cost, communication, queued
+        self.spans: list[list[Span]] = [[] for _ in schedule.actions]
+        self.clock = [0.0] * schedule.ranks
+        self.at = [0] * schedule.ranks
+        self.sent: list[deque[Action]] = [deque() for _ in schedule.actions]
+        self.arrived: dict[Action, float] = {}
+        self.free: dict[tuple[int, int], float] = defaultdict(float)  # by route: when its last message arrived
+        # By direction, or by message where there are no queues, and by rank: messages with the times of their posting.
+        self.queues: dict[tuple[Kind | Action, int], deque[tuple[Action, float]]] = defaultdict(deque)
+
+    def advance(self, rank: int) -> bool:
+        """Run a rank as far as it goes; whether it went on at all."""
+        first, actions = self.at[rank], self.schedule.actions[rank]
+        while self.at[rank] < len(actions):
+            action = actions[self.at[rank]]
+            if len(self.sent[rank]) > self.schedule.sends_in_flight:
+                if not self._wait(rank, [self.sent[rank][0]]):
+                    break
+                self.sent[rank].popleft()
+            if action.kind in COMPUTE:
+                if not self._wait(rank, [need for need in _needs(self.schedule, action) if need.kind in RECEIVE]):
+                    break
+                start = self.clock[rank]
+                self.clock[rank] += self.cost[action.kind]
+                self.spans[rank].append(Span(action, start, self.clock[rank]))
+            else:
+                self._post(rank, action)
+            self.at[rank] += 1
+        return self.at[rank] > first
+
+    def _wait(self, rank: int, messages: list[Action]) -> bool:
+        if not all(message in self.arrived for message in messages):
+            return False
+        self.clock[rank] = max([self.clock[rank], *(self.arrived[message] for message in messages)])
+        return True
+
+    def _post(self, rank: int, action: Action) -> None:
+        message = self.schedule.message(action)
+        if message is not action:
+            self.sent[rank].append(message)
+        lane = message.kind if self.queued else message
+        self.queues[lane, rank].append((message, self.clock[rank]))
+        routes = [self.schedule.route(message)]
+        while routes:  # what arrives may free the way for messages behind it, in both queues
+            route = routes.pop()
+            source, target = (self.queues[lane, end] for end in route)
             if source and target and source[0][0] == target[0][0]:
                 (head, posted), (_, awaited) = source.popleft(), target.popleft()
-                arrived[head] = free[route] = max(posted, awaited, free[route]) + communication
-                todo += [schedule.route(queue[0][0]) for queue in (source, target) if queue]
-
-    def ready(rank: int, messages: list[Action]) -> bool:
-        if all(message in arrived for message in messages):
-            clock[rank] = max([clock[rank], *(arrived[message] for message in messages)])
-            return True
-        return False
-
-    def advance(rank: int) -> bool:
-        first, actions = at[rank], schedule.actions[rank]
-        while at[rank] < len(actions):
-            action = actions[at[rank]]
-            while len(sent[rank]) > schedule.sends_in_flight and ready(rank, [sent[rank][0]]):
-                sent[rank].popleft()
-            if len(sent[rank]) > schedule.sends_in_flight:
-                break
-            if action.kind in COMPUTE:
-                if not ready(rank, [need for need in _needs(schedule, action) if need.kind in RECEIVE]):
-                    break
-                start = clock[rank]
-                clock[rank] += cost[action.kind]
-                spans[rank].append(Span(action, start, clock[rank]))
-            else:
-                post(rank, action)
-            at[rank] += 1
-        return at[rank] > first
-
-    while any([advance(rank) for rank in range(schedule.ranks)]):
-        pass
-    stuck = [rank for rank, actions in enumerate(schedule.actions) if at[rank] < len(actions)]
-    if stuck:
-        places = "; ".join(f"rank {rank} at action {at[rank]}, {schedule.actions[rank][at[rank]]}" for rank in stuck)
-        raise ValueError(f"schedule {schedule.name} deadlocks: {places}" + _heads(queues))
-    return spans
-
-
-def _heads(queues: _Queues) -> str:
-    """What stands at the heads of the queues of a deadlock, for its message."""
-    return "".join(
-        f"; the {'activations' if lane is Kind.RECV_FORWARD else 'gradients'} of rank {rank} wait with {queue[0][0]}"
-        for (lane, rank), queue in queues.items()
-        if queue and isinstance(lane, Kind)
-    )
+                self.arrived[head] = max(posted, awaited, self.free[route]) + self.communication
+                self.free[route] = self.arrived[head]
+                routes += [self.schedule.route(queue[0][0]) for queue in (source, target) if queue]
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def test_it_reads_ahead_and_not_without_bound():
     with Loader(config, plan_from_config(config, datasets), datasets, start=0, rank=0) as loader:
         for _ in range(DEPTH + 1):  # one sample is one gather: so many are read before any is asked for
             assert Telling.reads.acquire(timeout=60)
+        assert not Telling.reads.acquire(timeout=0.2)
         for taken in range(5):
             assert Telling.count <= taken + DEPTH + 1
             next(loader)
@@ -229,7 +230,7 @@ def test_from_text_to_batches(folder):
         row = stream[start : start + 17]
         assert batch.tokens[0].tolist() == row[:16]
         # a document ends with </s>, and that token has nothing to predict
-        expected = [-1 if token == tokenizer.eod else after for token, after in zip(row, row[1:], strict=False)]
+        expected = [-1 if token == tokenizer.eod else after for token, after in itertools.pairwise(row)]
         assert batch.labels[0].tolist() == expected
 
 
@@ -246,6 +247,17 @@ def test_datasets_that_do_not_fit_are_refused(folder, tmp_path):
     other = train_tokenizer({"en": [path / "en.jsonl"]}, tmp_path / "other.model", vocabulary=300)
     with pytest.raises(DataError, match="300"):
         open_datasets(real_config(path, en=("en", "en")).data, other)
+
+
+def test_a_dataset_with_nothing_to_train_on_is_refused(folder, tmp_path):
+    path, tokenizer = folder
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"en{suffix}").write_bytes((path / f"en{suffix}").read_bytes())
+    sidecar = json.loads((path / "en.json").read_text(encoding="utf-8"))
+    sidecar["validation"].update(documents=sidecar["documents"], tokens=sidecar["tokens"])
+    (tmp_path / "en.json").write_text(json.dumps(sidecar), encoding="utf-8")
+    with pytest.raises(DataError, match=r"source 'en' .* found 80 documents and no training tokens"):
+        open_datasets(real_config(tmp_path, en=("en", "en")).data, tokenizer)
 
 
 def test_foreign_datasets_open(folder):

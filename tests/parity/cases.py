@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from megapoly import comm
 from megapoly.config import Config, parse
 from megapoly.context import ParallelContext
 from megapoly.data.samples import Batch
@@ -109,7 +108,7 @@ def one_pass(rank: int, size: int, settings: Config, documents: bool) -> tuple[l
     """Loss sums, counted tokens and squared norm; gradients."""
     built = engine(size, settings)
     head, sums = built.gradients(mine(global_batch(0, documents=documents), built), sources=2)
-    comm.barrier(built.context.control)
+    built.context.close()
     return [float(head[0]), *sums.flatten().tolist()], pieces(built, "gradient")
 
 
@@ -120,4 +119,5 @@ def some_steps(rank: int, size: int, settings: Config, steps: int) -> tuple[list
     for step in range(steps):
         result = built.step(mine(global_batch(step), built), rate=0.01 * min(1, step / 3), sources=2)
         numbers += [result.loss, result.gradient_norm]
+    built.context.close()
     return numbers, pieces(built, "weight")

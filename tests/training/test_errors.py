@@ -16,10 +16,12 @@ from megapoly.data.samples import Batch
 from megapoly.data.tokenizer import Tokenizer, train_tokenizer
 from megapoly.engine import Engine
 from megapoly.errors import CheckpointError, ConfigError, DataError, TrainingError
-from megapoly.trainer import prepare, train
+from megapoly.trainer import Resume, prepare, train
+
+from tests.corpus import lines
 
 
-def go(toml: Path, run: Path, *extra: str, resume: bool = False, stop_step: int | None = 2) -> None:
+def go(toml: Path, run: Path, *extra: str, resume: Resume = "never", stop_step: int | None = 2) -> None:
     settings = config.load(toml, [f"train.directory={str(run)!r}", "validation.windows=0", *extra]).on(1)
     train(prepare(settings, ParallelContext.create(), resume), Console(quiet=True), stop_step=stop_step)
 
@@ -40,20 +42,27 @@ def test_a_run_folder_is_not_overwritten(toml: Path, tmp_path: Path) -> None:
 def test_resume_with_another_config_lists_the_keys(toml: Path, tmp_path: Path) -> None:
     go(toml, tmp_path / "run")
     with pytest.raises(ConfigError) as raised:
-        go(toml, tmp_path / "run", "optimizer.learning_rate=0.02", "train.seed=5", resume=True)
+        go(toml, tmp_path / "run", "optimizer.learning_rate=0.02", "train.seed=5", resume="always")
     assert "optimizer.learning_rate: the run has 0.01, the config has 0.02" in str(raised.value)
     assert "train.seed: the run has 1234, the config has 5" in str(raised.value)
 
 
 def test_resume_of_nothing_never_starts_anew(toml: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no whole checkpoint|has no checkpoint"):
-        go(toml, tmp_path / "run", resume=True)
+        go(toml, tmp_path / "run", resume="always")
+
+
+def test_resume_if_any_begins_or_goes_on(toml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    go(toml, run, resume="if-any", stop_step=2)
+    go(toml, run, resume="if-any", stop_step=4)
+    assert [event["step"] for event in lines(run, "train")] == [1, 2, 3, 4]
 
 
 def test_checkpoint_of_another_model(toml: Path, tmp_path: Path) -> None:
     go(toml, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"model\.layers: the run has 4, the config has 5"):
-        go(toml, tmp_path / "run", "model.layers=5", resume=True)
+        go(toml, tmp_path / "run", "model.layers=5", resume="always")
 
 
 def test_a_changed_dataset_is_refused_on_resume(folder: Path, tmp_path: Path) -> None:
@@ -62,7 +71,7 @@ def test_a_changed_dataset_is_refused_on_resume(folder: Path, tmp_path: Path) ->
     options = builder.Options(validation_fraction=0.2, threads=1, overwrite=True)
     builder.build([folder / "ru.jsonl"], folder / "ru", Tokenizer.load(folder / "poly.model"), language="ru", options=options)
     with pytest.raises(DataError, match="source 'ru' has changed"):
-        go(toml, tmp_path / "run", resume=True)
+        go(toml, tmp_path / "run", resume="always")
 
 
 def test_a_tokenizer_of_another_dataset(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from megapoly import comm, config
 from megapoly.context import ParallelContext
 from megapoly.trainer import prepare, train
 from tests.ranks import run_cases
-from tests.training.corpus import lines
+from tests.corpus import lines
 
 LAYOUTS = [(dp, pp, tp) for dp in (1, 2, 4) for pp in (1, 2, 4) for tp in (1, 2, 4) if dp * pp * tp == 4]
 Layout = tuple[int, int, int]
@@ -25,16 +25,18 @@ def go(size: int, toml: Path, run: Path, layout: Layout, resume: bool, stop_step
     sets = [f"layout.dp={dp}", f"layout.pp={pp}", f"layout.tp={tp}", f"train.directory={str(run)!r}", *extra]
     settings = config.load(toml, sets).on(size)
     context = ParallelContext.create(settings.mesh)
-    train(prepare(settings, context, resume), Console(quiet=True), stop_step=stop_step)
+    train(prepare(settings, context, "always" if resume else "never"), Console(quiet=True), stop_step=stop_step)
+    context.close()
 
 
 def part(rank: int, size: int, toml: Path, origin: Path | None, run: Path, layout: Layout, stop: int | None) -> None:
     """Train in ``run``; with ``origin``, go on from a copy of that run."""
     if origin is not None:
-        control = ParallelContext.create(config.load(toml).on(size).mesh).control
+        context = ParallelContext.create(config.load(toml).on(size).mesh)
         if rank == 0:
             shutil.copytree(origin, run)
-        comm.barrier(control)
+        comm.barrier(context.control)
+        context.close()
     go(size, toml, run, layout, origin is not None, stop)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.checkpoint import store
-from tests.training.corpus import lines
+from tests.corpus import lines
 
 LONG = ["--set", "data.stages.0.tokens=12800000"]
 
@@ -29,16 +29,17 @@ def command(toml: Path, run: Path, *arguments: str, ranks: int, launcher: tuple[
 
 @contextmanager
 def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process with one thread per rank in a session of its own, all of which is gone afterwards."""
+    """A torchrun with one thread per rank, which is gone afterwards with all its ranks."""
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
         yield process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:  # a torchrun that is killed leaves its ranks behind, in sessions of their own
+            for pid in (*children(process.pid).values(), process.pid):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
@@ -94,6 +95,26 @@ def test_a_killed_rank_ends_the_others_and_is_named(toml: Path, tmp_path: Path) 
     # A survivor says in one line whom it lost; no traceback is needed to understand it.
     assert re.search(r"megapoly: rank \d: .* over .* failed, one of these ranks is gone", rest), rest
     assert "trainer.py" not in rest
+
+
+@linux
+def test_torchrun_restarts_from_the_last_checkpoint(toml: Path, tmp_path: Path) -> None:
+    """The losses of a run whose rank was killed are those of an undisturbed one."""
+    sets = ["--set", "checkpoint.every_steps=4", "--set", "layout.tp=2"]
+    launcher = ("--standalone", "--max-restarts=1")
+    with started(command(toml, tmp_path / "killed", *sets, ranks=2, launcher=launcher)) as process:
+        read_until(process, "step     6/")
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        rest, _ = process.communicate(timeout=90)
+        assert process.returncode == 0, rest
+    assert re.search(r"goes on from step-0000000(4|8)", rest), rest
+    with started(command(toml, tmp_path / "whole", *sets, ranks=2)) as process:
+        process.communicate(timeout=60)
+    killed, whole = (
+        {event["step"]: event["loss"] for event in lines(tmp_path / name, "train")} for name in ("killed", "whole")
+    )
+    assert killed == pytest.approx(whole, rel=1e-12)
+    assert sorted(killed) == list(range(1, 21))
 
 
 @linux

@@ -1,0 +1,76 @@
+"""Verification finds every kind of damage, and says where it is."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from megapoly.data.verify import verify
+from tests.data.ondisk import VOCABULARY, patch, random_documents, write
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Four blocks in the .bin: 40 documents of 50,000 tokens."""
+    rng = np.random.default_rng(2)
+    return write(tmp_path / "d", [rng.integers(0, VOCABULARY, 50_000) for _ in range(40)])
+
+
+def test_a_whole_dataset_verifies(large):
+    seen = []
+    assert verify(large, progress=lambda done, total: seen.append((done, total))) == []
+    assert seen[-1][0] == seen[-1][1] == sum(large.with_suffix(suffix).stat().st_size for suffix in (".bin", ".idx"))
+
+
+def test_verify_locates_a_changed_byte(large):
+    at = 2_500_000  # in block 2 (bytes 2,097,152 to 3,145,727), document 25
+    value = large.with_suffix(".bin").read_bytes()[at]
+    patch(large.with_suffix(".bin"), at, bytes([value ^ 1]))
+    (found,) = verify(large)
+    assert (found.start, found.stop) == (2 << 20, 3 << 20)
+    assert found.documents == (20, 31)
+    assert "checksum" in str(found)
+    assert f"{large}.bin, bytes 2097152 to 3145727, documents 20 to 31" in str(found)
+
+
+def test_verify_locates_a_wrong_id(large):
+    patch(large.with_suffix(".bin"), 2_500_000, struct.pack("<H", 60_000))
+    checksum, wrong = sorted(verify(large), key=lambda damage: damage.start)
+    assert (checksum.start, checksum.stop) == (2 << 20, 3 << 20)
+    assert (wrong.start, wrong.stop, wrong.documents) == (2_500_000, 2_500_002, (25, 25))
+    assert "token 1250000 has id 60000, outside the vocabulary of 1000" in wrong.what
+
+
+def test_verify_joins_neighbouring_blocks(large):
+    for block in (0, 1, 3):
+        patch(large.with_suffix(".bin"), block << 20, b"\x00\x00\x01\x00\x02")
+    assert [(found.start, found.stop) for found in verify(large)] == [(0, 2 << 20), (3 << 20, 4_000_000)]
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "what"),
+    [
+        (34 + 4 * 3, struct.pack("<i", -5), "negative length of sequence 3"),
+        (34 + 4 * 40 + 8 * 7, struct.pack("<q", 12), "pointer that does not follow from the lengths, of sequence 7"),
+        (34 + 12 * 40 + 8 * 9, struct.pack("<q", 30), "document index that runs backwards, of document 10"),
+    ],
+)
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_verify_locates_damage_in_the_index(large, offset, data, what, sidecar):
+    patch(large.with_suffix(".idx"), offset, data)
+    if not sidecar:
+        large.with_suffix(".json").unlink()
+    found = verify(large)
+    assert any(what in str(damage) and damage.start <= offset + 8 for damage in found)
+    assert any("checksum" in damage.what for damage in found) is sidecar
+
+
+def test_verify_of_a_foreign_dataset_finds_negative_ids(tmp_path):
+    prefix = write(tmp_path / "d", random_documents(), vocabulary=100_000, sidecar=False)
+    assert verify(prefix) == []
+    patch(prefix.with_suffix(".bin"), 40, struct.pack("<i", -7))
+    (found,) = verify(prefix)
+    assert (found.start, found.stop) == (40, 44)
+    assert "id -7" in found.what
