@@ -259,8 +259,9 @@ def train(
     """
     from megapoly.launch import run_training
 
-    mode = "always" if resume else "if-any" if resume_if_any else "never"
-    raise typer.Exit(run_training(config, overrides or [], mode, stop_step))
+    raise typer.Exit(
+        run_training(config, overrides or [], "always" if resume else "if-any" if resume_if_any else "never", stop_step)
+    )
 
 
 @app.command("generate")

@@ -1,4 +1,4 @@
-"""Process groups over a mesh. A :class:`ParallelContext` is made once by the launcher and passed to whoever needs it."""
+"""Process groups over a mesh. The launcher makes a :class:`ParallelContext`, once, and passes it on."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Axis:
 class ParallelContext:
     """Every axis of one rank.
 
-    ``model`` spans pp and tp: one replica of the model. ``tied`` joins the first and the last stage, which both hold the
-    tied embedding; on other stages it has one rank. ``pp`` carries activations down the pipeline and ``backward``
+    ``model`` spans pp and tp: one replica of the model. ``tied`` joins the first and the last stage, which both hold
+    the tied embedding; on other stages it has one rank. ``pp`` carries activations down the pipeline and ``backward``
     gradients up: two communicators, because NCCL makes one queue of each. ``control`` is a CPU group over all ranks for
     small objects and decisions.
     """

@@ -16,7 +16,7 @@ from megapoly.context import ParallelContext
 from megapoly.data.samples import Batch
 from megapoly.errors import TrainingError
 from megapoly.layers.attention import document_mask
-from megapoly.layers.call import Call
+from megapoly.layers.call import Call, Place
 from megapoly.models.decoder import DecoderStage
 from megapoly.optim.adam import AdamW
 from megapoly.optim.buffers import Buffers
@@ -59,9 +59,7 @@ class Engine:
             config.model,
             stage=context.pp.rank,
             stages=context.pp.size,
-            tp=context.tp,
-            dtype=self.dtype,
-            device=context.device,
+            place=Place(context.tp, self.dtype, context.device),
         )
         self.buffers = Buffers(self.stage.contributions(), context, config.layout.bucket_mb)
         self.optimizer = AdamW(self.buffers, config.optimizer)
@@ -105,11 +103,13 @@ class Engine:
         """Run the schedule and reduce: afterwards ``buffers`` holds gradients of (sum of losses) / (batch x sequence).
 
         Returns:
-            On the CPU, in float64, the same on every rank: squared gradient norm and number of ranks that said ``stop``,
-            ``[2]``; loss sums and counted tokens by source, ``[2, sources]``.
+            On the CPU, in float64, the same on every rank: ``[2]``, the squared gradient norm and the number of ranks
+            that said ``stop``; ``[2, sources]``, loss sums and counted tokens by source.
         """
         self.buffers.begin(len(batches))
-        losses = self.pipeline.run(self.schedule, [self.call(batch) for batch in batches], 1.0 / self.config.step_tokens)
+        losses = self.pipeline.run(
+            self.schedule, [self.call(batch) for batch in batches], 1.0 / self.config.step_tokens
+        )
         self.buffers.finish()
         sums = _by_source(losses, batches, sources)
         head = torch.tensor([0.0, float(stop)], dtype=torch.float64)
@@ -132,7 +132,9 @@ class Engine:
         middle = time.perf_counter()
         counted, loss_sum = float(sums[1].sum()), float(sums[0].sum())
         if counted == 0:
-            raise TrainingError("no token of this global batch is counted in the loss: every label is -1; check the data")
+            raise TrainingError(
+                "no token of this global batch is counted in the loss: every label is -1; check the data"
+            )
         # The backward pass divided by all tokens of the batch; the loss is the mean over the counted ones.
         correction = self.config.step_tokens / counted
         norm = math.sqrt(float(head[0])) * correction if math.isfinite(float(head[0])) else math.nan

@@ -15,7 +15,7 @@ from megapoly.checkpoint import state
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import DTYPES
 from megapoly.errors import ConfigError
-from megapoly.layers.call import Call
+from megapoly.layers.call import Call, Place
 from megapoly.models.decoder import DecoderStage
 
 
@@ -35,7 +35,9 @@ class Sampling:
             ("top_p", self.top_p, 0 < self.top_p <= 1),
         ):
             if not fits:
-                raise ConfigError(f"sampling: {name} {value} is out of range: tokens >= 1, temperature >= 0, 0 < top_p <= 1")
+                raise ConfigError(
+                    f"sampling: {name} {value} is out of range: tokens >= 1, temperature >= 0, 0 < top_p <= 1"
+                )
 
 
 class Generator:
@@ -55,7 +57,7 @@ class Generator:
         config = state.saved_config(reader)
         self.step = reader.step
         self.tokenizer = Tokenizer.load(tokenizer or config.data.tokenizer)
-        self.model = DecoderStage(config.model, dtype=DTYPES[config.train.precision])
+        self.model = DecoderStage(config.model, place=Place(dtype=DTYPES[config.train.precision]))
         state.load_weights(reader, self.model)
         self.positions = config.model.positions
 

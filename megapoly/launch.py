@@ -61,9 +61,9 @@ def world() -> tuple[int, int, int]:
 def _fresh_store() -> dist.Store:
     """torchrun's store under a prefix of this start alone.
 
-    torchrun keeps one store over its restarts, and a new rank that finds the address of a dead one waits for it in vain.
-    The ranks cannot count starts, since agents that restart together count apart. So rank 0 makes up a prefix and answers
-    with it to what each rank asks under a name that it made up too, until all have it.
+    torchrun keeps one store over its restarts, and a new rank that finds the address of a dead one waits for it in
+    vain. The ranks cannot count starts, since agents that restart together count apart. So rank 0 makes up a prefix and
+    answers with it to what each rank asks under a name that it made up too, until all have it.
     """
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     prefix = uuid.uuid4().hex
@@ -83,7 +83,9 @@ def _fresh_store() -> dist.Store:
                     answered.add(question)
                     store.set(f"megapoly/answer/{question.decode()}", prefix)
         if time.monotonic() > deadline:
-            raise TrainingError(f"not all of the {size} ranks came within {TIMEOUT}; start them with one torchrun command")
+            raise TrainingError(
+                f"not all of the {size} ranks came within {TIMEOUT}; start them with one torchrun command"
+            )
         time.sleep(0.01)
     return dist.PrefixStore(prefix, store)
 
@@ -97,9 +99,7 @@ def parallel(mesh: Mesh, rank: int, local_rank: int) -> Iterator[ParallelContext
         torch.cuda.set_device(device)
     if mesh.world_size > 1:
         backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(
-            backend, store=_fresh_store(), rank=rank, world_size=mesh.world_size, timeout=TIMEOUT
-        )
+        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=mesh.world_size, timeout=TIMEOUT)
     try:
         yield ParallelContext.create(mesh, device, TIMEOUT)
     finally:

@@ -56,7 +56,7 @@ class Recorder:
         self._seconds: dict[str, float] = {}
         folder = config.train.directory
         if self.active:
-            self._log = open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1)
+            self._log = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
             if config.log.tensorboard:
                 self._writer = Writer(str(folder / "tensorboard"))
         peak = config.log.peak_tflops or _known_peak(context.device)
@@ -76,9 +76,12 @@ class Recorder:
         )
 
     def step(self, values: dict[str, Any], seconds: Mapping[str, float]) -> None:
-        """``values``: step, tokens, sample, stage, stage_share, loss, learning_rate, gradient_norm, source_loss, source_tokens.
+        """One step.
 
-        ``seconds``: the step's time in all (``step``) and by part.
+        Args:
+            values: step, tokens, sample, stage, stage_share, loss, learning_rate, gradient_norm, and by number of the
+                source source_loss (sums) and source_tokens.
+            seconds: the step's time in all (``step``) and by part.
         """
         if not self.active:
             return
@@ -157,7 +160,12 @@ class Recorder:
             self.console.print(text)
 
     def _scalars(
-        self, values: dict[str, Any], speed: float, waiting: float, seconds: Mapping[str, float], languages: dict[str, float]
+        self,
+        values: dict[str, Any],
+        speed: float,
+        waiting: float,
+        seconds: Mapping[str, float],
+        languages: dict[str, float],
     ) -> None:
         tokens = values["tokens"]
         for key in ("loss", "learning_rate", "gradient_norm"):

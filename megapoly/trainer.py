@@ -78,8 +78,8 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never") 
     Collective. An error on some ranks is raised on all, so that none is left waiting.
 
     Args:
-        resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint where
-            there is one and else begins: for jobs that are queued or restarted by themselves.
+        resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint
+            where there is one and else begins: for jobs that are queued or restarted by themselves.
     """
     run, error = None, None
     try:
@@ -157,9 +157,7 @@ def _announce(run: Run, recorder: Recorder) -> None:
     )
     if run.resumed_from is not None:
         recorder.note(f"goes on from {run.resumed_from.name} at step {counters.step}, sample {counters.sample}")
-    recorder.start(
-        counters.step, counters.sample, counters.tokens, str(run.resumed_from) if run.resumed_from else None
-    )
+    recorder.start(counters.step, counters.sample, counters.tokens, str(run.resumed_from) if run.resumed_from else None)
 
 
 def _loop(run: Run, recorder: Recorder, last_step: int, stopping: Callable[[], bool]) -> None:
@@ -169,7 +167,12 @@ def _loop(run: Run, recorder: Recorder, last_step: int, stopping: Callable[[], b
     saved = run.resumed_from is not None
     axes = run.context.axes()
     with Loader(
-        config, run.plan, run.datasets, start=run.counters.sample, rank=run.context.dp.rank, with_tokens=engine.needs_tokens
+        config,
+        run.plan,
+        run.datasets,
+        start=run.counters.sample,
+        rank=run.context.dp.rank,
+        with_tokens=engine.needs_tokens,
     ) as loader:
         while run.counters.step < last_step:
             begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_a_run_writes_its_log_and_tensorboard(toml: Path, tmp_path: Path) -> Non
 
     sets = [f"train.directory={str(tmp_path / 'run')!r}", "log.tensorboard=true", "log.peak_tflops=1.0"]
     config = load(toml, [*sets, "validation.every_steps=5"]).on(1)
-    console = Console(record=True, width=200, force_terminal=False, quiet=False, file=open("/dev/null", "w"))
+    console = Console(record=True, width=200, force_terminal=False, file=io.StringIO())
     train(prepare(config, ParallelContext.create()), console)
     events = lines(tmp_path / "run", "train")
     assert [event["tokens"] for event in events] == [config.step_tokens * step for step in range(1, 21)]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
-import subprocess
-import sys
 import threading
-import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankError, run_cases, run_ranks
+from tests.ranks import RankError, _Rank, run_cases, run_ranks
 
 
 def sum_of_ranks(rank: int, size: int, scale: float) -> torch.Tensor:
@@ -51,8 +50,8 @@ def rank_one_hangs(rank: int, size: int) -> None:
         threading.Event().wait()
 
 
-def says_who_it_is_and_hangs(rank: int, size: int, folder: str) -> None:
-    (Path(folder) / f"{rank}-is-{os.getpid()}").touch()
+def says_that_it_runs_and_hangs(rank: int, size: int, path: str) -> None:
+    Path(path).touch()
     threading.Event().wait()
 
 
@@ -124,29 +123,14 @@ def test_a_result_that_cannot_be_pickled_is_an_error():
         run_ranks(1, unpicklable)
 
 
-def test_the_ranks_end_when_their_parent_is_killed(tmp_path):
-    script = "import sys, tests.ranks, tests.test_ranks as t\nif __name__ == '__main__':\n  "
-    script += "tests.ranks.run_ranks(2, t.says_who_it_is_and_hangs, sys.argv[1])"
-    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[1])
+def test_a_rank_ends_when_its_parent_is_gone(tmp_path):
+    """The kernel closes the parent's end of the connection, however the parent died."""
+    each = _Rank(0, 1, tmp_path, 60.0, pickle.dumps((says_that_it_runs_and_hangs, (str(tmp_path / "runs"),))))
     try:
-        wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+        while not (tmp_path / "runs").exists():
+            assert not wait([each.connection], 0.02), "the rank ended early"
+        each.connection.close()
+        each.process.join(30)
+        assert each.process.exitcode == 0
     finally:
-        parent.kill()
-        parent.wait()
-    pids = [int(path.name.split("-")[-1]) for path in tmp_path.iterdir()]
-    wait_until(lambda: not any(runs(pid) for pid in pids))
-
-
-def wait_until(condition) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        each.end()

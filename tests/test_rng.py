@@ -7,7 +7,9 @@ from megapoly import rng
 from megapoly.spec import ParamSpec, shard
 
 
-def filled(shape: tuple[int, ...], dim: int, rank: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ParamSpec]:
+def filled(
+    shape: tuple[int, ...], dim: int, rank: int, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, ParamSpec]:
     box, local = shard(shape, dim, rank, size, pad=True)
     spec = ParamSpec("some.weight", shape, box, local, std=0.02)
     parameter = torch.full(local, torch.nan, dtype=dtype)

@@ -16,7 +16,7 @@ from megapoly.config import Config, Model
 from megapoly.context import ParallelContext
 from megapoly.data.plan import Plan
 from megapoly.errors import CheckpointError, ConfigError
-from megapoly.layers.call import spec_of
+from megapoly.layers.call import Place, spec_of
 from megapoly.models.decoder import DecoderStage
 from megapoly.optim.adam import AdamW
 from megapoly.spec import ParamSpec, Piece
@@ -35,7 +35,7 @@ class Counters:
 
 def logical_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Every logical parameter of the model with its shape."""
-    stage = DecoderStage(model, device="meta")
+    stage = DecoderStage(model, place=Place(device=torch.device("meta")))
     return {spec_of(parameter).name: spec_of(parameter).shape for parameter in stage.parameters()}
 
 

@@ -5,31 +5,25 @@ Shapes: S sequence, B micro-batch, H hidden, G groups of this rank, Q queries of
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from megapoly.config import Model
-from megapoly.context import Axis
-from megapoly.layers.call import Call
+from megapoly.layers.call import Call, Place
 from megapoly.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class Attention(nn.Module):
     """Queries, keys and values come from one weight ``[groups, Q + 2, D, H]``: a shard is a contiguous slice."""
 
-    def __init__(
-        self, name: str, model: Model, *, output_std: float, tp: Axis, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, model: Model, *, output_std: float, place: Place) -> None:
         super().__init__()
         self.queries, self.head_dim = model.heads // model.groups, model.head_dim
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv", model.hidden, (model.groups, self.queries + 2, self.head_dim),
-            std=model.init_std, tp=tp, dtype=dtype, device=device,
+            std=model.init_std, place=place,
         )  # fmt: skip
-        self.output = RowParallelLinear(
-            f"{name}.output", model.hidden, model.hidden, std=output_std, tp=tp, dtype=dtype, device=device
-        )
+        self.output = RowParallelLinear(f"{name}.output", model.hidden, model.hidden, std=output_std, place=place)
 
     def forward(self, x_SBH: Tensor, call: Call) -> Tensor:
         s, b, _ = x_SBH.shape

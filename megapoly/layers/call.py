@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megapoly.context import Axis
 from megapoly.spec import ParamSpec
 
 
@@ -41,20 +42,29 @@ class Call:
     sink: GradSink | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's parameters live."""
+
+    tp: Axis = Axis("tp")
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums over many values of ``dtype`` are held in this one."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def parameter(spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+def parameter(spec: ParamSpec, place: Place) -> nn.Parameter:
     """An unfilled parameter of ``spec.local_shape`` that carries its spec."""
-    result = nn.Parameter(torch.empty(spec.local_shape, dtype=dtype, device=device))
+    result = nn.Parameter(torch.empty(spec.local_shape, dtype=place.dtype, device=place.device))
     result.spec = spec  # type: ignore[attr-defined]
     return result
 
 
 def spec_of(tensor: Tensor) -> ParamSpec:
-    return tensor.spec  # type: ignore[attr-defined, no-any-return]
+    return tensor.spec  # type: ignore[attr-defined]
 
 
 def hand_over(sink: GradSink | None, target: Tensor | None, accumulate: Callable[[Tensor], object]) -> Tensor | None:

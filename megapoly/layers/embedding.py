@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megapoly import comm
 from megapoly.context import Axis
-from megapoly.layers.call import GradSink, hand_over, parameter
+from megapoly.layers.call import GradSink, Place, hand_over, parameter
 from megapoly.layers.linear import whole_spec
 from megapoly.spec import ParamSpec, shard
 
@@ -53,19 +53,17 @@ class VocabularyEmbedding(nn.Module):
         hidden: int,
         *,
         std: float,
-        tp: Axis,
         copy: str | None,
-        dtype: torch.dtype,
-        device: torch.device,
+        place: Place,
     ) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp = place.tp
         shape = (vocabulary, hidden)
-        box, local = shard(shape, 0, tp.rank, tp.size, pad=True)
+        box, local = shard(shape, 0, place.tp.rank, place.tp.size, pad=True)
         spec = ParamSpec(f"{name}.weight", shape, box, local, std=std)
         if copy is not None:
             spec = replace(spec, partial=("tied",), owner=copy == "first")
-        self.weight = parameter(spec, dtype, device)
+        self.weight = parameter(spec, place)
         self.start, self.count = box.start[0], box.shape[0]
 
     def forward(self, tokens_SB: Tensor, sink: GradSink | None = None) -> Tensor:
@@ -75,12 +73,10 @@ class VocabularyEmbedding(nn.Module):
 class PositionEmbedding(nn.Module):
     """Learned positions, ``[positions, hidden]``."""
 
-    def __init__(
-        self, name: str, positions: int, hidden: int, *, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, positions: int, hidden: int, *, std: float, place: Place) -> None:
         super().__init__()
-        spec = whole_spec(f"{name}.weight", (positions, hidden), tp, decay=True, std=std)
-        self.weight = parameter(spec, dtype, device)
+        spec = whole_spec(f"{name}.weight", (positions, hidden), place.tp, decay=True, std=std)
+        self.weight = parameter(spec, place)
 
     def forward(self, positions_SB: Tensor, sink: GradSink | None = None) -> Tensor:
         return _Lookup.apply(self.weight, positions_SB, 0, self.weight.shape[0], Axis("none"), sink)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from megapoly.config import Model
-from megapoly.context import Axis
-from megapoly.layers.call import GradSink
+from megapoly.layers.call import GradSink, Place
 from megapoly.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class FeedForward(nn.Module):
     """``down(gelu(up(x)))``: ``up`` is ``[ffn, hidden]``, ``down`` is ``[hidden, ffn]``."""
 
-    def __init__(
-        self, name: str, model: Model, *, output_std: float, tp: Axis, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, model: Model, *, output_std: float, place: Place) -> None:
         super().__init__()
-        self.up = ColumnParallelLinear(
-            f"{name}.up", model.hidden, (model.ffn,), std=model.init_std, tp=tp, dtype=dtype, device=device
-        )
-        self.down = RowParallelLinear(
-            f"{name}.down", model.ffn, model.hidden, std=output_std, tp=tp, dtype=dtype, device=device
-        )
+        self.up = ColumnParallelLinear(f"{name}.up", model.hidden, (model.ffn,), std=model.init_std, place=place)
+        self.down = RowParallelLinear(f"{name}.down", model.ffn, model.hidden, std=output_std, place=place)
 
     def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
         return self.down(nn.functional.gelu(self.up(x, sink), approximate="tanh"), sink)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megapoly import comm
 from megapoly.context import Axis
-from megapoly.layers.call import GradSink, hand_over, parameter
+from megapoly.layers.call import GradSink, Place, hand_over, parameter
 from megapoly.spec import Index, ParamSpec, shard
 
 
@@ -75,20 +75,14 @@ class ColumnParallelLinear(nn.Module):
         ValueError: if ``tp`` does not divide the first of ``outputs``.
     """
 
-    def __init__(
-        self, name: str, inputs: int, outputs: Index, *, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, inputs: int, outputs: Index, *, std: float, place: Place) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp = place.tp
         shape = (*outputs, inputs)
-        weight_box, weight_local = shard(shape, 0, tp.rank, tp.size)
-        bias_box, bias_local = shard(outputs, 0, tp.rank, tp.size)
-        self.weight = parameter(
-            ParamSpec(f"{name}.weight", shape, weight_box, weight_local, std=std), dtype, device
-        )
-        self.bias = parameter(
-            ParamSpec(f"{name}.bias", outputs, bias_box, bias_local, decay=False), dtype, device
-        )
+        weight_box, weight_local = shard(shape, 0, place.tp.rank, place.tp.size)
+        bias_box, bias_local = shard(outputs, 0, place.tp.rank, place.tp.size)
+        self.weight = parameter(ParamSpec(f"{name}.weight", shape, weight_box, weight_local, std=std), place)
+        self.bias = parameter(ParamSpec(f"{name}.bias", outputs, bias_box, bias_local, decay=False), place)
 
     def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
         return column_linear(x, self.weight, self.bias, self.tp, sink)
@@ -101,16 +95,12 @@ class RowParallelLinear(nn.Module):
         ValueError: if ``tp`` does not divide ``inputs``.
     """
 
-    def __init__(
-        self, name: str, inputs: int, outputs: int, *, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, inputs: int, outputs: int, *, std: float, place: Place) -> None:
         super().__init__()
-        self.tp = tp
-        box, local = shard((outputs, inputs), 1, tp.rank, tp.size)
-        self.weight = parameter(
-            ParamSpec(f"{name}.weight", (outputs, inputs), box, local, std=std), dtype, device
-        )
-        self.bias = parameter(whole_spec(f"{name}.bias", (outputs,), tp, decay=False), dtype, device)
+        self.tp = place.tp
+        box, local = shard((outputs, inputs), 1, place.tp.rank, place.tp.size)
+        self.weight = parameter(ParamSpec(f"{name}.weight", (outputs, inputs), box, local, std=std), place)
+        self.bias = parameter(whole_spec(f"{name}.bias", (outputs,), place.tp, decay=False), place)
 
     def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
         return row_linear(x, self.weight, self.bias, self.tp, sink)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapoly.context import Axis
-from megapoly.layers.call import GradSink, accumulation_dtype, hand_over, parameter
+from megapoly.layers.call import GradSink, Place, accumulation_dtype, hand_over, parameter
 from megapoly.layers.linear import whole_spec
 
 
@@ -42,13 +41,11 @@ class LayerNorm(nn.Module):
     lower-precision layer here.
     """
 
-    def __init__(
-        self, name: str, hidden: int, *, epsilon: float, tp: Axis, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, hidden: int, *, epsilon: float, place: Place) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.weight = parameter(whole_spec(f"{name}.weight", (hidden,), tp, decay=False, mean=1.0), dtype, device)
-        self.bias = parameter(whole_spec(f"{name}.bias", (hidden,), tp, decay=False), dtype, device)
+        self.weight = parameter(whole_spec(f"{name}.weight", (hidden,), place.tp, decay=False, mean=1.0), place)
+        self.bias = parameter(whole_spec(f"{name}.bias", (hidden,), place.tp, decay=False), place)
 
     def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
         return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon, sink)

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from megapoly import rng
 from megapoly.config import Model
-from megapoly.context import Axis
 from megapoly.layers.attention import Attention
-from megapoly.layers.call import Call, accumulation_dtype, spec_of
+from megapoly.layers.call import Call, Place, accumulation_dtype, spec_of
 from megapoly.layers.embedding import PositionEmbedding, VocabularyEmbedding
 from megapoly.layers.feedforward import FeedForward
 from megapoly.layers.linear import column_linear
@@ -28,15 +26,16 @@ from megapoly.mesh import spread
 class DecoderLayer(nn.Module):
     """``x + attention(norm(x))``, then ``x + feedforward(norm(x))``."""
 
-    def __init__(self, index: int, model: Model, *, tp: Axis, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, index: int, model: Model, *, place: Place) -> None:
         super().__init__()
         name = f"layers.{index}"
         output_std = model.init_std / math.sqrt(2 * model.layers)
-        common = {"tp": tp, "dtype": dtype, "device": device}
-        self.attention_norm = LayerNorm(f"{name}.attention_norm", model.hidden, epsilon=model.norm_epsilon, **common)
-        self.attention = Attention(f"{name}.attention", model, output_std=output_std, **common)
-        self.feedforward_norm = LayerNorm(f"{name}.feedforward_norm", model.hidden, epsilon=model.norm_epsilon, **common)
-        self.feedforward = FeedForward(f"{name}.feedforward", model, output_std=output_std, **common)
+        self.attention_norm = LayerNorm(f"{name}.attention_norm", model.hidden, epsilon=model.norm_epsilon, place=place)
+        self.attention = Attention(f"{name}.attention", model, output_std=output_std, place=place)
+        self.feedforward_norm = LayerNorm(
+            f"{name}.feedforward_norm", model.hidden, epsilon=model.norm_epsilon, place=place
+        )
+        self.feedforward = FeedForward(f"{name}.feedforward", model, output_std=output_std, place=place)
 
     def forward(self, x_SBH: Tensor, call: Call) -> Tensor:
         x_SBH = x_SBH + self.attention(self.attention_norm(x_SBH, call.sink), call)
@@ -52,28 +51,26 @@ class DecoderStage(nn.Module):
         *,
         stage: int = 0,
         stages: int = 1,
-        tp: Axis = Axis("tp"),
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        place: Place = Place(),
     ) -> None:
         super().__init__()
-        device = torch.device(device)
-        common = {"tp": tp, "dtype": dtype, "device": device}
-        self.first, self.last, self.tp = stage == 0, stage == stages - 1, tp
+        self.first, self.last, self.tp = stage == 0, stage == stages - 1, place.tp
         self.hidden = model.hidden
-        self.residual_dtype = accumulation_dtype(dtype) if model.fp32_residual else dtype
+        self.residual_dtype = accumulation_dtype(place.dtype) if model.fp32_residual else place.dtype
         self.embedding: VocabularyEmbedding | None = None
         if self.first or self.last:
             copy = None if stages == 1 else "first" if self.first else "last"
             self.embedding = VocabularyEmbedding(
-                "embedding", model.vocabulary, model.hidden, std=model.init_std, copy=copy, **common
+                "embedding", model.vocabulary, model.hidden, std=model.init_std, copy=copy, place=place
             )
         if self.first:
-            self.positions = PositionEmbedding("positions", model.positions, model.hidden, std=model.init_std, **common)
+            self.positions = PositionEmbedding(
+                "positions", model.positions, model.hidden, std=model.init_std, place=place
+            )
         begin, end = spread(model.layers, stages)[stage]
-        self.layers = nn.ModuleDict({str(i): DecoderLayer(i, model, **common) for i in range(begin, end)})
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(i, model, place=place) for i in range(begin, end)})
         if self.last:
-            self.final_norm = LayerNorm("final_norm", model.hidden, epsilon=model.norm_epsilon, **common)
+            self.final_norm = LayerNorm("final_norm", model.hidden, epsilon=model.norm_epsilon, place=place)
 
     def initialise(self, seed: int) -> None:
         """Fill every parameter with this rank's slice of the logical initial values."""
@@ -93,7 +90,8 @@ class DecoderStage(nn.Module):
         not padding.
         """
         if self.first:
-            assert self.embedding is not None and call.tokens_SB is not None
+            assert self.embedding is not None
+            assert call.tokens_SB is not None
             x_SBH = self.embedding(call.tokens_SB, call.sink) + self.positions(call.positions_SB, call.sink)
             x_SBH = x_SBH.to(self.residual_dtype)
         assert x_SBH is not None

@@ -16,7 +16,7 @@ from megapoly.spec import ParamSpec
 
 
 def _spec(parameter: Tensor) -> ParamSpec:
-    return parameter.spec  # type: ignore[attr-defined, no-any-return]
+    return parameter.spec  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -32,15 +32,17 @@ class Buffers:
     """Owns the storage of ``parameters``: each becomes a view of a flat bucket.
 
     A global batch begins with :meth:`begin`; layers call :meth:`add`; a bucket whose parameters have all their
-    contributions is summed over dp at once, while the backward pass goes on; :meth:`finish` waits for all of them and adds up
-    gradients that are partial over further axes.
+    contributions is summed over dp at once, while the backward pass goes on; :meth:`finish` waits for all of them and
+    adds up gradients that are partial over further axes.
 
     Args:
         contributions: every parameter with the number of gradients that one micro-batch brings.
         bucket_mb: size of a bucket of gradients, in MB.
     """
 
-    def __init__(self, contributions: Iterable[tuple[nn.Parameter, int]], context: ParallelContext, bucket_mb: float) -> None:
+    def __init__(
+        self, contributions: Iterable[tuple[nn.Parameter, int]], context: ParallelContext, bucket_mb: float
+    ) -> None:
         pairs = list(contributions)
         self.context = context
         self.parameters = [parameter for parameter, _ in pairs]
@@ -81,7 +83,9 @@ class Buffers:
         """Add one contribution; see :class:`megapoly.layers.call.GradSink`."""
         key = id(parameter)
         if self._missing.get(key, 0) <= 0:
-            raise TrainingError(f"{_spec(parameter).name}: more gradients arrived than the schedule has micro-batches for")
+            raise TrainingError(
+                f"{_spec(parameter).name}: more gradients arrived than the schedule has micro-batches for"
+            )
         accumulate(self._gradients[key])
         self._missing[key] -= 1
         if self._missing[key] == 0:

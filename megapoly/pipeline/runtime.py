@@ -35,7 +35,8 @@ class Pipeline:
     """The stages of one rank and their neighbours.
 
     Args:
-        stages: this rank's stages by number; ``stage(input or None, call)`` returns activations, the last stage token losses.
+        stages: this rank's stages by number; ``stage(input or None, call)`` returns activations, or on the last stage
+            token losses.
         shape: of the activations between stages, ``[S, B, H]``, for a call.
         dtype: of these activations.
     """
@@ -100,11 +101,8 @@ class Pipeline:
 
     def _backward(self, run: _Run, key: _Key, loss_gradient: float | None) -> Tensor | None:
         x, out = run.inputs.pop(key), run.outputs.pop(key)
-        if loss_gradient is not None:
-            gradient = torch.full_like(out, loss_gradient)
-        else:
-            gradient = run.gradients.pop(key).wait()
-        torch.autograd.backward(out, gradient)
+        seed = None if loss_gradient is None else torch.full_like(out, loss_gradient)
+        torch.autograd.backward(out, run.gradients.pop(key).wait() if seed is None else seed)
         return None if x is None else x.grad
 
     def _transfer(self, run: _Run, action: Action, placement: Sequence[int], call: Any) -> None:

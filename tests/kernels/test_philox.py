@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import torch
-
 from megapoly_kernels import philox
 
 

@@ -22,7 +22,9 @@ def inputs(dtype: torch.dtype = torch.float64, vocabulary: int = 37) -> tuple[to
 
 def expected(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logits = logits.double().requires_grad_()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none"
+    )
     losses = losses.view(labels.shape)
     (losses * weights).sum().backward()
     assert logits.grad is not None

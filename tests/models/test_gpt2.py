@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megapoly.config import Model
 from megapoly.layers.attention import document_mask
-from megapoly.layers.call import Call
+from megapoly.layers.call import Call, Place
 from megapoly.models.decoder import DecoderStage
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests")
@@ -63,7 +63,7 @@ def logical(peer: torch.nn.Module, model: Model, *, gradients: bool = False) -> 
 @pytest.mark.parametrize("model", SHAPES, ids=lambda m: f"h{m.hidden}")
 def test_logits_loss_and_gradients_equal_transformers(model: Model) -> None:
     peer = oracle(model)
-    stage = DecoderStage(model, dtype=torch.float64)
+    stage = DecoderStage(model, place=Place(dtype=torch.float64))
     weights = logical(peer, model)
     assert {p.spec.name for p in stage.parameters()} == set(weights)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_logits_loss_and_gradients_equal_transformers(model: Model) -> None:
 def test_separate_documents_equal_transformers_on_each_document_alone() -> None:
     model = SHAPES[0]
     peer = oracle(model)
-    stage = DecoderStage(model, dtype=torch.float64)
+    stage = DecoderStage(model, place=Place(dtype=torch.float64))
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.copy_(logical(peer, model)[parameter.spec.name])

@@ -27,7 +27,9 @@ def spec(name: str, *shape: int, decay: bool = True, partial: tuple[str, ...] = 
     st.lists(st.tuples(st.integers(0, 300), st.booleans(), st.sampled_from([(), ("tied",)])), min_size=1, max_size=30),
     st.integers(1, 500),
 )
-def test_buckets_hold_every_parameter_once_without_overlap(parts: list[tuple[int, bool, tuple[str, ...]]], limit: int) -> None:
+def test_buckets_hold_every_parameter_once_without_overlap(
+    parts: list[tuple[int, bool, tuple[str, ...]]], limit: int
+) -> None:
     specs = [spec(str(i), n, decay=decay, partial=partial) for i, (n, decay, partial) in enumerate(parts)]
     laid = buckets(specs, limit)
     assert sorted(slot.parameter for bucket in laid for slot in bucket.slots) == list(range(len(specs)))

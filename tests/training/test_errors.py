@@ -17,7 +17,6 @@ from megapoly.data.tokenizer import Tokenizer, train_tokenizer
 from megapoly.engine import Engine
 from megapoly.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megapoly.trainer import Resume, prepare, train
-
 from tests.corpus import lines
 
 
@@ -48,7 +47,7 @@ def test_resume_with_another_config_lists_the_keys(toml: Path, tmp_path: Path) -
 
 
 def test_resume_of_nothing_never_starts_anew(toml: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no whole checkpoint|has no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint|has no checkpoint"):
         go(toml, tmp_path / "run", resume="always")
 
 
@@ -69,7 +68,9 @@ def test_a_changed_dataset_is_refused_on_resume(folder: Path, tmp_path: Path) ->
     toml = folder / "run.toml"
     go(toml, tmp_path / "run")
     options = builder.Options(validation_fraction=0.2, threads=1, overwrite=True)
-    builder.build([folder / "ru.jsonl"], folder / "ru", Tokenizer.load(folder / "poly.model"), language="ru", options=options)
+    builder.build(
+        [folder / "ru.jsonl"], folder / "ru", Tokenizer.load(folder / "poly.model"), language="ru", options=options
+    )
     with pytest.raises(DataError, match="source 'ru' has changed"):
         go(toml, tmp_path / "run", resume="always")
 
@@ -122,7 +123,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(toml: Path) -> None
     with torch.no_grad():
         built.stage.final_norm.weight[0] = torch.inf
     before = [parameter.detach().clone() for parameter in built.stage.parameters()]
-    with pytest.raises(TrainingError, match="step 1: the loss .* not finite"):
+    with pytest.raises(TrainingError, match=r"step 1: the loss .* not finite"):
         built.step(batch(3), 0.01)
     for old, new in zip(before, built.stage.parameters()):
         assert torch.equal(old, new)

@@ -13,8 +13,8 @@ from rich.console import Console
 from megapoly import comm, config
 from megapoly.context import ParallelContext
 from megapoly.trainer import prepare, train
-from tests.ranks import run_cases
 from tests.corpus import lines
+from tests.ranks import run_cases
 
 LAYOUTS = [(dp, pp, tp) for dp in (1, 2, 4) for pp in (1, 2, 4) for tp in (1, 2, 4) if dp * pp * tp == 4]
 Layout = tuple[int, int, int]
@@ -87,7 +87,11 @@ def test_every_layout_goes_on_from_every_other(toml: Path, tmp_path: Path) -> No
 def test_checkpoints_are_kept_and_a_finished_run_stays_as_it_is(toml: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     go(1, toml, run, (1, 1, 1), False, 9, "checkpoint.every_steps=2", "checkpoint.keep=3")
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008", "step-00000009"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000008",
+        "step-00000009",
+    ]
     go(1, toml, run, (1, 1, 1), True, None, "checkpoint.every_steps=2", "checkpoint.keep=3")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     go(1, toml, run, (1, 1, 1), True, None)

@@ -20,10 +20,12 @@ from tests.corpus import lines
 LONG = ["--set", "data.stages.0.tokens=12800000"]
 
 
-def command(toml: Path, run: Path, *arguments: str, ranks: int, launcher: tuple[str, ...] = ("--standalone",)) -> list[str]:
+def command(
+    toml: Path, run: Path, *arguments: str, ranks: int, launcher: tuple[str, ...] = ("--standalone",)
+) -> list[str]:
     return [
-        sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc-per-node={ranks}", "-m", "megapoly", "train",
-        str(toml), "--set", f"train.directory={str(run)!r}", *arguments,
+        sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc-per-node={ranks}", "-m", "megapoly",
+        "train", str(toml), "--set", f"train.directory={str(run)!r}", *arguments,
     ]  # fmt: skip
 
 
