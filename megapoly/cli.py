@@ -298,13 +298,14 @@ def plan_schedule(
 
     [bold]Example:[/bold] megapoly plan schedule --pp 4 --microbatches 8 --schedule 1f1b
     """
-    from megapoly.pipeline import schedule as schedules
+    from megapoly.pipeline.schedule import build
+    from megapoly.pipeline.timeline import render, simulate
 
     try:
-        timeline = schedules.simulate(schedules.build(schedule, pp, microbatches), forward, backward)
+        timeline = simulate(build(schedule, pp, microbatches), forward, backward)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(schedules.render(timeline))
+    print(render(timeline))
 
 
 def _language_files(arguments: Sequence[str]) -> dict[str, list[Path]]:

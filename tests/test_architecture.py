@@ -30,7 +30,16 @@ FLOORS = (
     {"__main__"},
 )
 STRANGERS = FLOORS[3]  # which do not know each other
-WITHOUT_TORCH = ("errors", "config", "mesh", "spec", "pipeline.schedule", "optim.layout", "data.plan")
+WITHOUT_TORCH = (
+    "errors",
+    "config",
+    "mesh",
+    "spec",
+    "pipeline.schedule",
+    "pipeline.timeline",
+    "optim.layout",
+    "data.plan",
+)
 READS_ENVIRONMENT = ("megapoly/launch.py",)
 # Optional extras that one file may import inside a function: (file, package).
 OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset()
@@ -399,7 +408,7 @@ def test_torch_is_found_through_other_files():
         "megapoly/pipeline/schedule.py": "from megapoly.spec import Box",
         "megapoly/spec.py": "from torch import Tensor",
     }
-    problems = sorted(check_without_torch(parse(files), ("pipeline.schedule", "mesh")))
+    problems = sorted(check_without_torch(parse(files), ("pipeline.schedule", "pipeline.timeline", "mesh")))
     assert problems == [
         "megapoly/mesh.py:1: has to be without torch, but does not exist",
         "megapoly/pipeline/__init__.py:2: torch is loaded by megapoly.pipeline.schedule, which has no torch",

@@ -10,9 +10,9 @@ from megapoly.config import Optimizer
 def learning_rate(config: Optimizer, tokens: int, total: int) -> float:
     """Rate of a step that begins after ``tokens`` of a run of ``total`` tokens.
 
-    Linear warm-up from ``warmup_start``; then ``cosine`` to ``minimum`` x peak at ``decay_tokens`` (where not given, the
-    whole run), ``wsd``: constant, then linear to ``minimum`` x peak over the last ``decay_tokens`` (a tenth of the run),
-    or ``constant``.
+    Linear warm-up from ``warmup_start``; then ``cosine`` to ``minimum`` x peak at ``decay_tokens`` (where not given,
+    the whole run), ``wsd``: constant, then linear to ``minimum`` x peak over the last ``decay_tokens`` (a tenth of the
+    run), or ``constant``.
     """
     peak = config.learning_rate
     floor = peak * config.minimum

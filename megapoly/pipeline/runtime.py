@@ -83,6 +83,8 @@ class Pipeline:
                         run.returned[key] = gradient
                 else:
                     self._transfer(run, action, schedule.placement, calls[microbatch])
+                    while len(run.sent) > schedule.sends_in_flight:
+                        run.sent.popleft().wait()
             for pending in run.sent:
                 pending.wait()
         self.doing = None
@@ -118,8 +120,6 @@ class Pipeline:
             run.sent.append(comm.send(out.detach().contiguous(), forward, placement[stage + 1]))
         elif kind is Kind.SEND_BACKWARD:
             run.sent.append(comm.send(run.returned.pop(key).contiguous(), backward, placement[stage - 1]))
-        while len(run.sent) > 2 * len(placement):
-            run.sent.popleft().wait()
 
     def _receive(self, axis: Axis, source: int, call: Any) -> comm.Pending:
         buffer = torch.empty(self.shape(call), dtype=self.dtype, device=self.context.device)

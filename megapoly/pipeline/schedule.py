@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: built, proved, simulated and drawn. No torch.
+"""Pipeline schedules as data: built and proved. No torch.
 
 A schedule is one list of actions per pipeline rank. Compute actions run in the order of the list. ``RECV_*`` posts a
 receive and goes on; the compute action that uses the message waits for it. ``SEND_*`` hands over the result of its
@@ -12,11 +12,9 @@ To add a schedule, write a generator of compute actions and enter it in ``_GENER
 from __future__ import annotations
 
 import enum
-import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 
@@ -182,7 +180,7 @@ def _departures(schedule: Schedule) -> dict[Action, tuple[float, int]]:
     for compute in schedule.actions:
         receives = [need for action in compute for need in _needs(schedule, action) if need.kind in RECEIVE]
         lists.append((*receives, *(each for action in compute for each in (action, *_sends(schedule, action)))))
-    spans = _execute(replace(schedule, actions=tuple(lists)), dict.fromkeys(COMPUTE, 1.0), 0.0, queued=False)
+    spans = execute(replace(schedule, actions=tuple(lists)), dict.fromkeys(COMPUTE, 1.0), 0.0, queued=False)
     return {
         (message := schedule.message(send)): (stop, message.stage if send.kind is Kind.SEND_FORWARD else -message.stage)
         for each in spans
@@ -242,7 +240,7 @@ def validate(schedule: Schedule) -> None:
         _check_contents(schedule, rank, actions)
         _check_order(schedule, rank, actions)
     for queued in (False, True):
-        _execute(schedule, dict.fromkeys(COMPUTE, 1.0), 0.0, queued=queued)
+        execute(schedule, dict.fromkeys(COMPUTE, 1.0), 0.0, queued=queued)
 
 
 def _expected(schedule: Schedule, rank: int) -> Iterator[Action]:
@@ -286,7 +284,7 @@ class Span(NamedTuple):
     stop: float
 
 
-def _execute(schedule: Schedule, cost: dict[Kind, float], communication: float, *, queued: bool) -> list[list[Span]]:
+def execute(schedule: Schedule, cost: dict[Kind, float], communication: float, *, queued: bool) -> list[list[Span]]:
     """Compute actions with their times, per rank; ValueError where no rank can go on."""
     run = _Execution(schedule, cost, communication, queued)
     while any([run.advance(rank) for rank in range(schedule.ranks)]):
@@ -362,86 +360,3 @@ class _Execution:
                 self.arrived[head] = max(posted, awaited, self.free[route]) + self.communication
                 self.free[route] = self.arrived[head]
                 routes += [self.schedule.route(queue[0][0]) for queue in (source, target) if queue]
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """A simulated schedule: its compute actions with times, one tuple per pipeline rank."""
-
-    schedule: Schedule
-    spans: tuple[tuple[Span, ...], ...]
-
-    @cached_property
-    def makespan(self) -> float:
-        """Time from the first start to the last stop."""
-        return max(span.stop for spans in self.spans for span in spans)
-
-    @cached_property
-    def bubbles(self) -> tuple[float, ...]:
-        """Idle share of the makespan, per rank."""
-        busy = [sum(span.stop - span.start for span in spans) for spans in self.spans]
-        return tuple(max(0.0, (self.makespan - each) / self.makespan) for each in busy)
-
-    @property
-    def bubble(self) -> float:
-        """Idle share of the makespan over all ranks."""
-        return sum(self.bubbles) / len(self.bubbles)
-
-    @cached_property
-    def peaks(self) -> tuple[int, ...]:
-        """Most activations alive at once per rank: forwards that are done and whose backward is not."""
-        result = []
-        for spans in self.spans:
-            alive, peak = 0, 0
-            for span in spans:
-                alive += 1 if span.action.kind is Kind.FORWARD else -1
-                peak = max(peak, alive)
-            result.append(peak)
-        return tuple(result)
-
-
-def simulate(schedule: Schedule, forward: float = 1.0, backward: float = 2.0, communication: float = 0.0) -> Timeline:
-    """Times of a schedule, given the times of a forward, of a backward and of one message.
-
-    Messages travel beside the computation, one after another on each route.
-    """
-    if forward <= 0 or backward <= 0 or communication < 0:
-        raise ValueError(f"costs forward {forward}, backward {backward}, communication {communication}")
-    spans = _execute(schedule, {Kind.FORWARD: forward, Kind.BACKWARD: backward}, communication, queued=False)
-    return Timeline(schedule, tuple(map(tuple, spans)))
-
-
-def render(drawn: Schedule | Timeline) -> str:
-    """Text with one row per rank and time to the right; a schedule is drawn with all compute actions equally long.
-
-    ``3`` is the forward of micro-batch 3, ``3'`` its backward, ``-`` continues either, ``.`` is idle. Where ranks hold
-    several stages, a letter tells which of the rank's stages. A row ends with the rank's idle share and its peak
-    number of live activations.
-    """
-    timeline = drawn if isinstance(drawn, Timeline) else simulate(drawn, backward=1.0)
-    schedule = timeline.schedule
-    several = len(schedule.placement) > schedule.ranks
-    width = len(str(schedule.microbatches - 1)) + 1 + several
-    unit = min(span.stop - span.start for spans in timeline.spans for span in spans)
-    columns = _column(timeline.makespan, unit)
-    label = len(str(schedule.ranks - 1))
-    rows = [
-        f"{schedule.name}: {schedule.ranks} ranks, {schedule.microbatches} micro-batches,"
-        f" bubble {timeline.bubble:.1%}   (3 forward, 3' backward, . idle)"
-    ]
-    for rank, spans in enumerate(timeline.spans):
-        stages = schedule.stages(rank)
-        cells = ["." + " " * (width - 1)] * columns
-        for (kind, stage, microbatch), start, stop in spans:
-            first, last = _column(start, unit), _column(stop, unit)
-            letter = chr(ord("a") + stages.index(stage)) if several else ""
-            text = f"{microbatch}{letter}" + ("'" if kind is Kind.BACKWARD else "")
-            bar = text.ljust((last - first) * width, "-" if last - first > 1 else " ")
-            cells[first:last] = [bar, *[""] * (last - first - 1)]
-        tail = f"bubble {timeline.bubbles[rank]:.1%}, peak {timeline.peaks[rank]}"
-        rows.append(f"rank {rank:>{label}} | {''.join(cells)}| {tail}")
-    return "\n".join(rows)
-
-
-def _column(time: float, unit: float) -> int:
-    return math.floor(time / unit + 0.5)

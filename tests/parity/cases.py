@@ -70,7 +70,7 @@ Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], np.n
 
 
 def pieces(built: Engine, of: str) -> Pieces:
-    """This rank's boxes of ``of`` ('weight' or 'gradient'), tied copies too: name, logical shape, start, stop, values."""
+    """This rank's boxes of ``of`` ('weight' or 'gradient'), tied copies too: name, shape, start, stop, values."""
     result: Pieces = []
     for parameter in built.buffers.parameters:
         spec = spec_of(parameter)

@@ -16,10 +16,9 @@ from megapoly.pipeline.schedule import (
     Schedule,
     add_communication,
     build,
-    render,
-    simulate,
     validate,
 )
+from megapoly.pipeline.timeline import render, simulate
 
 NAMES = ("gpipe", "1f1b")
 F, B = Kind.FORWARD, Kind.BACKWARD
