@@ -1,0 +1,52 @@
+# Everything runs in .venv, which `make build` makes: PYTHON is the interpreter that it is made with (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.built
+SOURCES := $(shell find csrc -type f)
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help build train test test-long check lint types format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+build: $(STAMP) ## the environment in .venv, with all that the tests need, and the C++ extension
+
+# One stamp, written last: an interrupted build is done again. Nothing is fetched for what is installed already.
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "megapoly needs Python 3.10 or newer, found " + sys.version)'
+	@date +%s > .build-start
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt setuptools wheel pybind11
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps 'megatron-core; platform_system == "Linux" and python_version < "3.14"'
+	@echo "set-up took $$(( $$(date +%s) - $$(cat .build-start) )) s"; rm .build-start
+	@touch $@
+
+train: build ## the main job on a CPU: real text in 18 languages to a trained, resumed and sampled model
+	$(BIN)/python examples/demo/run.py
+
+test: build ## the tests, in under 10 minutes on 2 cores
+	$(PYTEST) -m "not long"
+
+test-long: build ## every test, with the whole of the large matrices
+	$(PYTEST)
+
+lint: build ## style; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: build ## static types
+	$(BIN)/mypy
+
+check: lint types test ## lint, types and tests: what CI runs
+
+format: build ## rewrite the code in the project's style; the only target that edits
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and what was built; runs/ stays
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis megapoly.egg-info .build-start
+	find csrc megapoly kernels tests examples \( -name '__pycache__' -o -name '_index*.so' \) -prune -exec rm -rf {} +
