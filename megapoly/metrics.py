@@ -124,6 +124,11 @@ class Recorder:
         for name in rows:
             self._scalar(f"validation/bits_per_byte/{name}", bits[name], tokens)
             self._scalar(f"validation/loss/{name}", losses[name], tokens)
+        if not rows:
+            self.note(
+                "validation: no source has held-out documents; `megapoly data build --validation SHARE` holds out"
+            )
+            return
         values = "  ".join(f"{name} {value:.2f}" for name, value in bits.items())
         self.note(f"bits per byte, {at} training, {_si(tokens)} tokens:  {values}")
 

@@ -18,13 +18,17 @@ SEQUENCE, BATCH, VOCABULARY = 12, 8, 53  # a prime: no tp divides it, and tp 8 l
 
 
 def config(**layout: Any) -> Config:
-    """A config of one run of two sources; ``heads`` and ``key_value_heads`` go to the model, the rest to the layout."""
+    """A run of two sources; ``layers``, ``heads`` and ``key_value_heads`` go to the model, the rest to the layout.
+
+    Layers never divide evenly by the stages.
+    """
     step = SEQUENCE * BATCH
+    layers = layout.pop("layers", 9 if layout.get("pp") == 8 else 5)
     heads = layout.pop("heads", 8 if layout.get("tp") == 8 else 4)
     return parse(
         {
             "model": {
-                "layers": 9, "hidden": 32, "heads": heads, "ffn": 56, "vocabulary": VOCABULARY, "positions": 16,
+                "layers": layers, "hidden": 32, "heads": heads, "ffn": 56, "vocabulary": VOCABULARY, "positions": 16,
                 "init_std": 0.2, "key_value_heads": layout.pop("key_value_heads", heads),
             },
             "layout": layout,

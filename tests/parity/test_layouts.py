@@ -33,8 +33,8 @@ def combinations(size: int) -> list[Combination]:
 
 
 @functools.cache
-def one_process(heads: int, documents: bool) -> tuple[list[float], dict[str, np.ndarray]]:
-    numbers, gradients = cases.one_pass(0, 1, cases.config(micro_batch=8, dp=1, heads=heads), documents)
+def one_process(layers: int, heads: int, documents: bool) -> tuple[list[float], dict[str, np.ndarray]]:
+    numbers, gradients = cases.one_pass(0, 1, cases.config(micro_batch=8, dp=1, layers=layers, heads=heads), documents)
     return numbers, cases.reassemble([gradients])
 
 
@@ -44,10 +44,16 @@ def check(size: int, chosen: list[Combination]) -> None:
         for dp, pp, tp, micro, schedule, documents in chosen
     ]
     for case, results in zip(chosen, run_cases(size, cases.one_pass, settings, timeout=600)):
-        numbers, expected = one_process(8 if case[2] == 8 else 4, case[5])
+        numbers, expected = one_process(*_shape(case), case[5])
         for found, _ in results:
             np.testing.assert_allclose(found, numbers, rtol=GRADIENTS)
         cases.assert_close(cases.reassemble(pieces for _, pieces in results), expected, GRADIENTS)
+
+
+def _shape(case: Combination) -> tuple[int, int]:
+    """Layers and heads of the model that ``cases.config`` makes for a layout."""
+    model = cases.config(dp=case[0], pp=case[1], tp=case[2]).model
+    return model.layers, model.heads
 
 
 def _by_layout(chosen: list[Combination]) -> dict[tuple[int, int, int], list[Combination]]:
@@ -86,15 +92,15 @@ def test_weights_after_twenty_steps_equal_one_process(size: int) -> None:
         for dp, pp, tp, micro, schedule, _ in chosen
     ]
     for case, results in zip(chosen, run_cases(size, cases.some_steps, settings, timeout=600)):
-        numbers, weights = _twenty_steps(8 if case[2] == 8 else 4)
+        numbers, weights = _twenty_steps(*_shape(case))
         for found, _ in results:
             np.testing.assert_allclose(found, numbers, rtol=WEIGHTS)
         cases.assert_close(cases.reassemble(pieces for _, pieces in results), weights, WEIGHTS)
 
 
 @functools.cache
-def _twenty_steps(heads: int) -> tuple[list[float], dict[str, np.ndarray]]:
-    numbers, weights = cases.some_steps(0, 1, cases.config(dp=1, micro_batch=8, heads=heads), 20)
+def _twenty_steps(layers: int, heads: int) -> tuple[list[float], dict[str, np.ndarray]]:
+    numbers, weights = cases.some_steps(0, 1, cases.config(dp=1, micro_batch=8, layers=layers, heads=heads), 20)
     return numbers, cases.reassemble([weights])
 
 
