@@ -74,14 +74,6 @@ def all_reduce_async(x: Tensor, axis: Axis) -> Pending:
     return Pending(x, work, axis, "all-reduce")
 
 
-def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
-    """Copy ``x`` from position ``source`` of ``axis`` to all, in place."""
-    if axis.group is not None:
-        with _counted(axis, "broadcast", 1, _bytes(x)):
-            dist.broadcast(x, src=axis.ranks[source], group=axis.group)
-    return x
-
-
 def send(x: Tensor, axis: Axis, to: int) -> Pending:
     """Start sending ``x`` to position ``to`` of ``axis``. ``x`` must not change before :meth:`Pending.wait`."""
     with _counted(axis, f"send to rank {axis.ranks[to]}", 1, _bytes(x)):

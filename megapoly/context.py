@@ -20,6 +20,10 @@ class Traffic:
     bytes: int = 0
     seconds: float = 0.0
 
+    def since(self, before: Traffic) -> Traffic:
+        """What came after the copy ``before`` was taken."""
+        return Traffic(self.calls - before.calls, self.bytes - before.bytes, self.seconds - before.seconds)
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -41,6 +45,9 @@ class Axis:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+
+ALONE = Axis("alone")  # over it, every collective is the identity
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,3 @@ class ParallelContext:
     def axes(self) -> list[Axis]:
         """All axes, for metrics."""
         return [v for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Axis)]
-
-    @property
-    def stage_coordinates(self) -> str:
-        at = self.mesh.coordinates(self.rank)
-        return f"rank {self.rank} (dp {at['dp']}, pp {at['pp']}, tp {at['tp']})"

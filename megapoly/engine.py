@@ -14,7 +14,7 @@ from megapoly import comm
 from megapoly.config import Config
 from megapoly.context import ParallelContext
 from megapoly.data.samples import Batch
-from megapoly.errors import TrainingError
+from megapoly.errors import TrainingError, everywhere
 from megapoly.layers.attention import document_mask
 from megapoly.layers.call import Call, Place
 from megapoly.models.decoder import DecoderStage
@@ -132,16 +132,19 @@ class Engine:
         middle = time.perf_counter()
         counted, loss_sum = float(sums[1].sum()), float(sums[0].sum())
         if counted == 0:
-            raise TrainingError(
-                "no token of this global batch is counted in the loss: every label is -1; check the data"
+            raise everywhere(
+                TrainingError("no token of this global batch is counted in the loss: every label is -1; check the data")
             )
         # The backward pass divided by all tokens of the batch; the loss is the mean over the counted ones.
         correction = self.config.step_tokens / counted
         norm = math.sqrt(float(head[0])) * correction if math.isfinite(float(head[0])) else math.nan
         if not math.isfinite(loss_sum) or not math.isfinite(norm):
-            raise TrainingError(
-                f"step {self.optimizer.steps + 1}: the loss ({loss_sum / counted}) or the gradient norm ({norm}) is not"
-                " finite; the weights keep their last finite values. Lower optimizer.learning_rate, or look at the data"
+            raise everywhere(
+                TrainingError(
+                    f"step {self.optimizer.steps + 1}: the loss ({loss_sum / counted}) or the gradient norm ({norm}) is"
+                    " not finite; the weights keep their last finite values. Lower optimizer.learning_rate, or look at"
+                    " the data"
+                )
             )
         self.optimizer.step(rate, correction * min(1.0, self.config.optimizer.clip / (norm + 1e-6)))
         end = time.perf_counter()

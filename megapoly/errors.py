@@ -5,7 +5,13 @@ Each message names the file or key, what was found, what was expected, and what 
 
 
 class MegapolyError(Exception):
-    """Base class: catch it to catch every error below."""
+    """Base class: catch it to catch every error below.
+
+    Attributes:
+        everywhere: whether every rank raises this same error, so that one of them may speak for all.
+    """
+
+    everywhere = False
 
 
 class ConfigError(MegapolyError):
@@ -22,3 +28,9 @@ class CheckpointError(MegapolyError):
 
 class TrainingError(MegapolyError):
     """A run that cannot go on: a non-finite loss, no counted token, a dead rank."""
+
+
+def everywhere(error: MegapolyError) -> MegapolyError:
+    """Mark ``error`` as one that every rank raises alike."""
+    error.everywhere = True
+    return error

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from megapoly import config as configuration
 from megapoly.context import ParallelContext
-from megapoly.errors import ConfigError, MegapolyError, TrainingError
+from megapoly.errors import ConfigError, MegapolyError, TrainingError, everywhere
 from megapoly.mesh import Mesh
 from megapoly.trainer import Resume, prepare, train
 
@@ -119,16 +119,17 @@ def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: in
     stop = StopRequest()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    alike = True  # set-up fails on every rank alike
     try:
-        config = configuration.load(path, overrides).on(size)
+        try:
+            config = configuration.load(path, overrides).on(size)
+        except ConfigError as error:
+            raise everywhere(error) from None
         with parallel(config.mesh, rank, local_rank) as context:
             run = prepare(config, context, resume)
-            alike = False
             train(run, console, stop_step=stop_step, stopping=lambda: stop.asked)
     except MegapolyError as error:
-        if rank == 0 or not alike:
-            who = "megapoly" if alike or size == 1 else f"megapoly: rank {rank}"
+        if rank == 0 or not error.everywhere:
+            who = "megapoly" if error.everywhere or size == 1 else f"megapoly: rank {rank}"
             print(f"{who}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

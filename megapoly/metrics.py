@@ -15,7 +15,7 @@ from rich.console import Console
 from tensorboard.summary import Writer
 
 from megapoly.config import Config, Model
-from megapoly.context import ParallelContext
+from megapoly.context import ParallelContext, Traffic
 
 # Dense bf16 peaks of one device in TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
@@ -75,13 +75,14 @@ class Recorder:
             "start", step=step, sample=sample, tokens=tokens, layout=str(self.context.mesh), resumed_from=resumed_from
         )
 
-    def step(self, values: dict[str, Any], seconds: Mapping[str, float]) -> None:
+    def step(self, values: dict[str, Any], seconds: Mapping[str, float], traffic: Mapping[str, Traffic]) -> None:
         """One step.
 
         Args:
             values: step, tokens, sample, stage, stage_share, loss, learning_rate, gradient_norm, and by number of the
                 source source_loss (sums) and source_tokens.
             seconds: the step's time in all (``step``) and by part.
+            traffic: of the step, by axis.
         """
         if not self.active:
             return
@@ -90,13 +91,17 @@ class Recorder:
             self.first_tokens, self.began = begin_tokens, time.perf_counter() - seconds["step"]
         speed = self.config.step_tokens / seconds["step"]
         sums, counts = values.pop("source_loss"), values.pop("source_tokens")
-        waiting = sum(value for part, value in seconds.items() if part.startswith("wait "))
+        waiting = sum(axis.seconds for axis in traffic.values())
         self._event(
             "train",
             **values,
             tokens_per_second=round(speed, 1),
             layout=str(self.context.mesh),
             seconds={part: round(value, 5) for part, value in seconds.items()},
+            traffic={
+                name: {"calls": axis.calls, "bytes": axis.bytes, "seconds": round(axis.seconds, 5)}
+                for name, axis in traffic.items()
+            },
             sources={
                 name: {"loss": total / count, "tokens": count}
                 for name, total, count in zip(self.sources, sums, counts)

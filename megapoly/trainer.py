@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from megapoly.data.plan import Plan, check_datasets, plan_from_config
 from megapoly.data.samples import Batch, validation
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import Engine
-from megapoly.errors import CheckpointError, ConfigError, MegapolyError
+from megapoly.errors import CheckpointError, ConfigError, MegapolyError, everywhere
 from megapoly.metrics import Recorder, parameter_count
 from megapoly.optim.lr import learning_rate
 
@@ -89,7 +89,7 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never") 
     outcomes = comm.broadcast_object(comm.gather_objects(error, context.control), context.control)
     first = next((outcome for outcome in outcomes if outcome is not None), None)
     if first is not None:
-        raise first
+        raise everywhere(first)
     assert run is not None
     return run
 
@@ -176,7 +176,7 @@ def _loop(run: Run, recorder: Recorder, last_step: int, stopping: Callable[[], b
     ) as loader:
         while run.counters.step < last_step:
             begin = time.perf_counter()
-            waited = {axis.name: axis.traffic.seconds for axis in axes}
+            before = [replace(axis.traffic) for axis in axes]
             batches = next(loader)
             loaded = time.perf_counter()
             counters = run.counters
@@ -204,8 +204,8 @@ def _loop(run: Run, recorder: Recorder, last_step: int, stopping: Callable[[], b
                     "step": time.perf_counter() - begin,
                     "data": loaded - begin,
                     **result.seconds,
-                    **{f"wait {axis.name}": axis.traffic.seconds - waited[axis.name] for axis in axes if axis.size > 1},
                 },
+                {axis.name: axis.traffic.since(start) for axis, start in zip(axes, before) if axis.size > 1},
             )
             _validate_if_due(run, recorder, stage.end)
             if counters.step % config.checkpoint.every_steps == 0:

@@ -52,6 +52,7 @@ def test_a_run_writes_its_log_and_tensorboard(toml: Path, tmp_path: Path) -> Non
         counted = sum(values["tokens"] for values in event["sources"].values())
         total = sum(values["tokens"] * values["loss"] for values in event["sources"].values())
         assert event["loss"] == pytest.approx(total / counted, rel=1e-12)
+        assert event["traffic"] == {}  # one rank
         assert event["seconds"]["step"] >= event["seconds"]["forward_backward"] > 0
     assert [event["at"] for event in lines(tmp_path / "run", "validation")] == [
         "before", "periodic", "periodic", "between", "periodic", "after",

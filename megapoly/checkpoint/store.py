@@ -27,7 +27,7 @@ import torch
 
 from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
 from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
-from megapoly.errors import CheckpointError
+from megapoly.errors import CheckpointError, everywhere
 from megapoly.spec import Box, Index, Piece
 
 _FORMAT, _VERSION = "megapoly-checkpoint", 1
@@ -99,7 +99,7 @@ def save(
         return final
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-    raise CheckpointError(f"{final}: not saved; {problem}. The earlier checkpoints are as they were")
+    raise everywhere(CheckpointError(f"{final}: not saved; {problem}. The earlier checkpoints are as they were"))
 
 
 def _attempt(rank: int, work: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megapoly.context import Axis
+from megapoly.context import ALONE, Axis
 from megapoly.spec import ParamSpec
 
 
@@ -46,7 +46,7 @@ class Call:
 class Place:
     """Where a layer's parameters live."""
 
-    tp: Axis = Axis("tp")
+    tp: Axis = ALONE
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
 

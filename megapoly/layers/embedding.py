@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megapoly import comm
-from megapoly.context import Axis
+from megapoly.context import ALONE, Axis
 from megapoly.layers.call import GradSink, Place, hand_over, parameter
 from megapoly.layers.linear import whole_spec
 from megapoly.spec import ParamSpec, shard
@@ -79,4 +79,4 @@ class PositionEmbedding(nn.Module):
         self.weight = parameter(spec, place)
 
     def forward(self, positions_SB: Tensor, sink: GradSink | None = None) -> Tensor:
-        return _Lookup.apply(self.weight, positions_SB, 0, self.weight.shape[0], Axis("none"), sink)
+        return _Lookup.apply(self.weight, positions_SB, 0, self.weight.shape[0], ALONE, sink)

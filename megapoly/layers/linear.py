@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from megapoly import comm
-from megapoly.context import Axis
+from megapoly.context import ALONE, Axis
 from megapoly.layers.call import GradSink, Place, hand_over, parameter
 from megapoly.spec import Index, ParamSpec, shard
 
 
 class _Linear(torch.autograd.Function):
-    """``y = x W^T + b`` with W ``[..., inputs]`` seen as a matrix; a sum over an axis forward or backward, or none."""
+    """``y = x W^T + b`` with W ``[..., inputs]`` seen as a matrix; sums over an axis forward and another backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, forward: Axis | None, backward: Axis | None, sink: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, forward: Axis, backward: Axis, sink: Any
     ) -> Tensor:
         ctx.axis, ctx.sink, ctx.weight, ctx.bias = backward, sink, weight, bias
         ctx.save_for_backward(x)
         matrix = weight.reshape(-1, weight.shape[-1])
         flat_bias = None if bias is None else bias.reshape(-1)
-        if forward is None or forward.size == 1:
+        if forward.size == 1:
             return torch.nn.functional.linear(x, matrix, flat_bias)
         y = comm.all_reduce(x @ matrix.t(), forward)
         return y if flat_bias is None else y.add_(flat_bias)
@@ -42,7 +42,7 @@ class _Linear(torch.autograd.Function):
         pending = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.reshape(outputs, inputs)
-            pending = comm.all_reduce_async(dx, ctx.axis or Axis("none"))
+            pending = comm.all_reduce_async(dx, ctx.axis)
         x_flat = x.reshape(-1, inputs)
 
         def add_weight(out: Tensor) -> None:
@@ -60,12 +60,12 @@ class _Linear(torch.autograd.Function):
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sink: GradSink | None) -> Tensor:
     """``x`` [S, B, inputs] whole -> [S, B, outputs of this rank]. The gradient of ``x`` is summed over ``tp``."""
-    return _Linear.apply(x, weight, bias, None, tp, sink)
+    return _Linear.apply(x, weight, bias, ALONE, tp, sink)
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sink: GradSink | None) -> Tensor:
     """``x`` [S, B, inputs of this rank] -> [S, B, outputs] whole, summed over ``tp``; the bias is added once."""
-    return _Linear.apply(x, weight, bias, tp, None, sink)
+    return _Linear.apply(x, weight, bias, tp, ALONE, sink)
 
 
 class ColumnParallelLinear(nn.Module):

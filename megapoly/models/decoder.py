@@ -92,8 +92,8 @@ class DecoderStage(nn.Module):
         if self.first:
             assert self.embedding is not None
             assert call.tokens_SB is not None
-            x_SBH = self.embedding(call.tokens_SB, call.sink) + self.positions(call.positions_SB, call.sink)
-            x_SBH = x_SBH.to(self.residual_dtype)
+            x_SBH = self.embedding(call.tokens_SB, call.sink).to(self.residual_dtype)
+            x_SBH = x_SBH + self.positions(call.positions_SB, call.sink)
         assert x_SBH is not None
         for layer in self.layers.values():
             x_SBH = layer(x_SBH, call)

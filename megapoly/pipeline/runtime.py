@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megapoly import comm
-from megapoly.context import Axis, ParallelContext
+from megapoly.context import ALONE, Axis, ParallelContext
 from megapoly.pipeline.schedule import Action, Kind, Schedule
 
 StageFunction = Callable[[Tensor | None, Any], Tensor]
@@ -49,7 +49,6 @@ class Pipeline:
         dtype: torch.dtype,
     ) -> None:
         self.stages, self.context, self.shape, self.dtype = stages, context, shape, dtype
-        self.doing: Action | None = None
 
     def run(self, schedule: Schedule, calls: Sequence[Any], loss_gradient: float | None = None) -> list[Tensor]:
         """Run every action of this rank; the token losses of each micro-batch on the last stage, else an empty list.
@@ -62,7 +61,6 @@ class Pipeline:
         last = len(schedule.placement) - 1
         with torch.set_grad_enabled(loss_gradient is not None):
             for action in schedule.actions[self.context.pp.rank]:
-                self.doing = action
                 kind, stage, microbatch = action
                 key = (stage, microbatch)
                 if kind is Kind.FORWARD:
@@ -87,7 +85,6 @@ class Pipeline:
                         run.sent.popleft().wait()
             for pending in run.sent:
                 pending.wait()
-        self.doing = None
         return [run.losses[m] for m in sorted(run.losses)]
 
     def _forward(self, run: _Run, key: _Key, call: Any) -> Tensor:
@@ -127,4 +124,4 @@ class Pipeline:
 
 
 def _local(tensor: Tensor) -> comm.Pending:
-    return comm.Pending(tensor, None, Axis("local"), "hand-over")
+    return comm.Pending(tensor, None, ALONE, "hand-over")
