@@ -293,6 +293,7 @@ def plan_schedule(
     schedule: Annotated[str, typer.Option(help="gpipe or 1f1b.")] = "1f1b",
     forward: Annotated[float, typer.Option(min=0.0, help="Time of a forward pass of one stage.")] = 1.0,
     backward: Annotated[float, typer.Option(min=0.0, help="Time of a backward pass of one stage.")] = 2.0,
+    json_file: JsonFile = None,
 ) -> None:
     """Draw a pipeline schedule: who does what when, bubbles, live activations.
 
@@ -306,6 +307,12 @@ def plan_schedule(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print(render(timeline))
+    if json_file:
+        rows: list[dict[str, Any]] = [{"name": "bubble", "value": timeline.bubble, "unit": "share of the makespan"}]
+        for rank, (bubble, peak) in enumerate(zip(timeline.bubbles, timeline.peaks)):
+            rows.append({"name": f"rank {rank}: bubble", "value": bubble, "unit": "share of the makespan"})
+            rows.append({"name": f"rank {rank}: live activations", "value": peak, "unit": "micro-batches"})
+        _write_rows(json_file, rows)
 
 
 def _language_files(arguments: Sequence[str]) -> dict[str, list[Path]]:

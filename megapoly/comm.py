@@ -6,6 +6,7 @@ waiting time are counted in ``axis.traffic``. A peer that is gone is a :class:`T
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from torch import Tensor
 from megapoly.context import Axis
 from megapoly.errors import TrainingError
 
+# What gloo says, in a plain RuntimeError, when a peer is gone.
+_LOST = re.compile(r"gloo|connection|closed|timed out|timeout|broken pipe", re.IGNORECASE)
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -40,7 +43,11 @@ def _counted(axis: Axis, what: str, calls: int = 0, payload: int = 0) -> Iterato
     begin = time.perf_counter()
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+            raise
         peers = ", ".join(map(str, axis.ranks))
         raise TrainingError(
             f"{what} over {axis.name} (ranks {peers}) failed, one of these ranks is gone or hangs:"

@@ -65,6 +65,7 @@ class Layout(_Section):
     pp: PositiveInt = 1
     tp: PositiveInt = 1
     micro_batch: PositiveInt = Field(1, description="samples of one forward pass of one rank")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU for each rank where there are any")
     schedule: Literal["gpipe", "1f1b"] = "1f1b"
     bucket_mb: PositiveFloat = Field(32.0, description="size of a gradient bucket, in MB")
 

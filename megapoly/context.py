@@ -14,7 +14,10 @@ from megapoly.mesh import Mesh
 
 @dataclass
 class Traffic:
-    """What one axis has carried: calls, payload bytes handed in by this rank, and seconds it waited for them."""
+    """What one axis has carried: calls, payload bytes handed in by this rank, and seconds it waited for them.
+
+    On a GPU the seconds are those of the host, which goes on before the data has arrived: they say nothing there.
+    """
 
     calls: int = 0
     bytes: int = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megapoly.checkpoint import state
+from megapoly.checkpoint import state, store
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import DTYPES
 from megapoly.errors import ConfigError
@@ -53,7 +53,7 @@ class Generator:
 
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
         checkpoints = path / "checkpoints"
-        reader = state.open_newest(checkpoints if checkpoints.exists() else path)
+        reader = store.Reader(state.newest(checkpoints if checkpoints.exists() else path))
         config = state.saved_config(reader)
         self.step = reader.step
         self.tokenizer = Tokenizer.load(tokenizer or config.data.tokenizer)

@@ -90,25 +90,51 @@ def _fresh_store() -> dist.Store:
     return dist.PrefixStore(prefix, store)
 
 
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of a rank, from ``layout.device``.
+
+    Raises:
+        ConfigError: more ranks than GPUs on this machine, or no GPU where one was asked for.
+    """
+    count = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise ConfigError(
+            f"layout.device {wanted!r}: local rank {local_rank} was started on a machine with {count} GPUs; start"
+            f" at most {count} ranks here (--nproc-per-node), or set layout.device to 'cpu'"
+        )
+    return torch.device("cuda", local_rank)
+
+
 @contextmanager
-def parallel(mesh: Mesh, rank: int, local_rank: int) -> Iterator[ParallelContext]:
-    """Process groups for ``mesh`` while the block runs: NCCL on GPUs, gloo on CPUs."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+def parallel(mesh: Mesh, rank: int, device: torch.device) -> Iterator[ParallelContext]:
+    """Process groups for ``mesh`` while the block runs: NCCL on GPUs, gloo on CPUs.
+
+    An error in the block leaves the groups as they are: to take them down in order would wait for the other ranks.
+    """
+    gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
     if mesh.world_size > 1:
         backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=mesh.world_size, timeout=TIMEOUT)
-    try:
-        yield ParallelContext.create(mesh, device, TIMEOUT)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        # With its device NCCL connects all ranks here. Else the first message of each pair of ranks would block both
+        # until they are connected, which the order of a schedule's messages does not allow for.
+        dist.init_process_group(
+            backend,
+            store=_fresh_store(),
+            rank=rank,
+            world_size=mesh.world_size,
+            timeout=TIMEOUT,
+            device_id=device if gpu else None,
+        )
+    yield ParallelContext.create(mesh, device, TIMEOUT)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: int | None) -> int:
-    """``megapoly train``; the exit code. Rank 0 speaks for all in set-up, each rank for itself once training.
+    """``megapoly train``; the exit code. An error that all ranks share is said once on each machine.
 
     After a restart by torchrun (``--max-restarts``) the run goes on from its newest whole checkpoint, if it has one.
     """
@@ -122,13 +148,14 @@ def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: in
     try:
         try:
             config = configuration.load(path, overrides).on(size)
+            device = choose_device(config.layout.device, local_rank)
         except ConfigError as error:
             raise everywhere(error) from None
-        with parallel(config.mesh, rank, local_rank) as context:
+        with parallel(config.mesh, rank, device) as context:
             run = prepare(config, context, resume)
             train(run, console, stop_step=stop_step, stopping=lambda: stop.asked)
     except MegapolyError as error:
-        if rank == 0 or not error.everywhere:
+        if local_rank == 0 or not error.everywhere:
             who = "megapoly" if error.everywhere or size == 1 else f"megapoly: rank {rank}"
             print(f"{who}: {error}", file=sys.stderr, flush=True)
         return 1

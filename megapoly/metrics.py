@@ -18,7 +18,10 @@ from megapoly.config import Config, Model
 from megapoly.context import ParallelContext, Traffic
 
 # Dense bf16 peaks of one device in TFLOP/s, from the vendors' data sheets.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+# The first name that the device's name holds counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0,
+}  # fmt: skip
 
 
 def parameter_count(model: Model) -> int:
@@ -59,7 +62,7 @@ class Recorder:
             self._log = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
             if config.log.tensorboard:
                 self._writer = Writer(str(folder / "tensorboard"))
-        peak = config.log.peak_tflops or _known_peak(context.device)
+        peak = config.log.peak_tflops or (_known_peak(context.device) if config.train.precision == "bf16" else None)
         self.peak_flops = peak * 1e12 * context.mesh.world_size if peak else None
         self.flops = flops_per_token(config.model, config.train.sequence)
 
@@ -111,7 +114,12 @@ class Recorder:
         if values["step"] % self.config.log.every_steps:
             return
         self._line(values, speed)
-        self._scalars(values, speed, waiting / seconds["step"], seconds, self._by_language(sums, counts))
+        for name, total, count in zip(self.sources, sums, counts):
+            if count:
+                self._scalar(f"train/loss by source/{name}", total / count, values["tokens"])
+        for language, loss in self._by_language(sums, counts).items():
+            self._scalar(f"train/loss by language/{language}", loss, values["tokens"])
+        self._scalars(values, speed, waiting / seconds["step"], seconds)
 
     def validation(
         self, at: str, step: int, tokens: int, sums: list[float], counts: list[float], sizes: list[float]
@@ -175,18 +183,16 @@ class Recorder:
         speed: float,
         waiting: float,
         seconds: Mapping[str, float],
-        languages: dict[str, float],
     ) -> None:
         tokens = values["tokens"]
         for key in ("loss", "learning_rate", "gradient_norm"):
             self._scalar(f"train/{key}", values[key], tokens)
-        for name, value in languages.items():
-            self._scalar(f"train/loss by language/{name}", value, tokens)
         self._scalar("speed/tokens per second", speed, tokens)
         self._scalar("speed/model TFLOP per second", speed * self.flops / 1e12, tokens)
         if self.peak_flops:
             self._scalar("speed/MFU", speed * self.flops / self.peak_flops, tokens)
-        self._scalar("speed/share of the step in communication", waiting, tokens)
+        if self.context.device.type == "cpu":
+            self._scalar("speed/share of the step in communication", waiting, tokens)
         for part, value in seconds.items():
             self._scalar(f"seconds/{part}", value, tokens)
         self._scalar("memory/peak GB of rank 0", _peak_memory(self.context.device) / 1e9, tokens)

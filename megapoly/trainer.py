@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from megapoly.metrics import Recorder, parameter_count
 from megapoly.optim.lr import learning_rate
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+_VALIDATION_BATCHES = 32  # micro-batches of one pass, which bounds what is on the device
+T = TypeVar("T")
 Resume = Literal["never", "always", "if-any"]
 
 
@@ -81,20 +84,42 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never") 
         resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint
             where there is one and else begins: for jobs that are queued or restarted by themselves.
     """
-    run, error = None, None
+    control = context.control
+    _agree(context, lambda: _check_same(config, context))
+    # Rank 0 alone looks into the folder: what another rank sees of a network file system may be older.
+    path = _agree(context, lambda: _choose(config, resume) if context.rank == 0 else None)
+    path = comm.broadcast_object(path, control)
+    run = _agree(context, lambda: _prepare(config, context, path))
+    if path is None:
+        _agree(context, lambda: _write_config(config) if context.rank == 0 else None)
+    return run
+
+
+def _agree(context: ParallelContext, work: Callable[[], T]) -> T:
+    """``work()`` of this rank, once every rank has done its own; the error of any rank is raised on all."""
+    result: Any = None
+    error = None
     try:
-        run = _prepare(config, context, resume)
+        result = work()
     except MegapolyError as caught:
         error = caught
     outcomes = comm.broadcast_object(comm.gather_objects(error, context.control), context.control)
     first = next((outcome for outcome in outcomes if outcome is not None), None)
     if first is not None:
         raise everywhere(first)
-    assert run is not None
-    return run
+    return result
 
 
-def _prepare(config: Config, context: ParallelContext, resume: Resume) -> Run:
+def _check_same(config: Config, context: ParallelContext) -> None:
+    """Two machines may have been given different files."""
+    document = config.document()
+    mine = {**config.identity(), **{key: document[key] for key in ("layout", "checkpoint", "validation", "log")}}
+    lines = state.differences(comm.broadcast_object(mine, context.control), mine, "rank 0", f"rank {context.rank}")
+    if lines:
+        raise ConfigError("the ranks were started with different configs:\n" + "\n".join(lines))
+
+
+def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run:
     """Open data, build the engine, and take the run's state from a checkpoint or from the seed."""
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocabulary > config.model.vocabulary:
@@ -103,7 +128,7 @@ def _prepare(config: Config, context: ParallelContext, resume: Resume) -> Run:
             f" {config.data.tokenizer}; set it to {tokenizer.vocabulary} or more"
         )
     datasets = open_datasets(config.data, tokenizer)
-    reader = _reader(config, context, resume)
+    reader = None if path is None else store.Reader(path)
     if reader is not None:
         state.check_identity(reader, config)
         plan = Plan.from_document(reader.meta["plan"])
@@ -114,36 +139,54 @@ def _prepare(config: Config, context: ParallelContext, resume: Resume) -> Run:
     counters = Counters()
     if reader is None:
         engine.initialise()
-        if context.rank == 0:
-            _write_config(config)
     else:
         counters = state.load(reader, config, engine.optimizer)
     bytes_of = torch.zeros(config.model.vocabulary, dtype=torch.int64)
     bytes_of[: tokenizer.vocabulary] = torch.from_numpy(tokenizer.byte_lengths().astype(np.int64))
-    return Run(config, context, engine, plan, datasets, bytes_of, counters, reader.path if reader else None)
+    return Run(config, context, engine, plan, datasets, bytes_of, counters, path)
 
 
-def _reader(config: Config, context: ParallelContext, resume: Resume) -> store.Reader | None:
+def _choose(config: Config, resume: Resume) -> Path | None:
+    """The checkpoint to go on from; None begins a run."""
     folder = config.train.directory
-    if resume == "always" or (resume == "if-any" and store.steps(folder / CHECKPOINTS)):
-        return state.open_newest(folder / CHECKPOINTS)
+    checkpoints = folder / CHECKPOINTS
+    whole = store.steps(checkpoints)
+    if resume == "always" or (resume == "if-any" and whole):
+        return state.newest(checkpoints)
+    begun = (folder / CONFIG).exists()
     if resume == "if-any":
+        if begun:
+            _check_begun(folder / CONFIG, config)
         return None
-    # Rank 0 alone looks, and then begins the folder: others might be late and find what it wrote.
-    if context.rank == 0 and ((folder / CHECKPOINTS).exists() or (folder / "config.json").exists()):
+    if whole:
         raise CheckpointError(
             f"{folder}: holds a run already; give --resume to go on with it, or set train.directory to a new folder"
         )
+    if begun:
+        raise CheckpointError(
+            f"{folder}: holds a run that ended before its first checkpoint; give --resume-if-any to begin it again, or"
+            " set train.directory to a new folder"
+        )
     return None
+
+
+def _check_begun(path: Path, config: Config) -> None:
+    try:
+        found = Config.model_validate_json(path.read_text(encoding="utf-8")).identity()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: is not the config of a run ({error}); remove it to begin a run here") from error
+    lines = state.differences(found, config.identity(), "the run", "the config")
+    if lines:
+        raise ConfigError(f"{path}: belongs to a run with another config; differing keys:\n" + "\n".join(lines))
 
 
 def _write_config(config: Config) -> None:
     folder = config.train.directory
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".config.json"
+        temporary = folder / f".{CONFIG}"
         temporary.write_text(json.dumps(config.document(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "config.json")
+        os.replace(temporary, folder / CONFIG)
     except OSError as error:
         raise ConfigError(f"train.directory {folder}: cannot be written ({error.strerror})") from error
 
@@ -240,13 +283,16 @@ def _validate(run: Run, recorder: Recorder, at: str) -> None:
         return
     sources = len(run.plan.sources)
     totals = torch.zeros(3, sources, dtype=torch.float64)
-    batches = [batch for source in range(sources) for batch in _validation_batches(run, source)]
-    for losses_SB, batch in zip(run.engine.evaluate(batches), batches):
-        assert batch.labels is not None
-        counted = batch.labels >= 0
-        values = (losses_SB.double().sum(), counted.sum(), run.token_bytes[batch.labels[counted]].sum())
-        for row, value in enumerate(values):
-            totals[row, int(batch.source[0])] += float(value)
+    for source in range(sources):
+        batches = _validation_batches(run, source)
+        for begin in range(0, len(batches), _VALIDATION_BATCHES):
+            chunk = batches[begin : begin + _VALIDATION_BATCHES]
+            for losses_SB, batch in zip(run.engine.evaluate(chunk), chunk):
+                assert batch.labels is not None
+                counted = batch.labels >= 0
+                values = (losses_SB.double().sum(), counted.sum(), run.token_bytes[batch.labels[counted]].sum())
+                for row, value in enumerate(values):
+                    totals[row, source] += float(value)
     if context.tp.rank > 0:
         totals.zero_()
     totals = totals.to(context.device)
@@ -259,15 +305,14 @@ def _validate(run: Run, recorder: Recorder, at: str) -> None:
 def _validation_batches(run: Run, source: int) -> list[Batch]:
     """This data-parallel rank's micro-batches of one source's held-out windows."""
     config, dp = run.config, run.context.dp
-    batch = validation(
+    return validation(
         run.plan,
         run.datasets,
         source,
         windows=config.validation.windows,
         rows_multiple=config.layout.micro_batch * dp.size,
+        part=(dp.rank, dp.size),
         vocabulary=config.model.vocabulary,
         separate_documents=config.data.separate_documents,
         with_tokens=run.engine.needs_tokens,
-    )
-    part = len(batch.samples) // dp.size
-    return batch.rows(dp.rank * part, (dp.rank + 1) * part).split(config.layout.micro_batch)
+    ).split(config.layout.micro_batch)

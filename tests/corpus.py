@@ -22,6 +22,7 @@ vocabulary = {vocabulary}
 positions = 16
 [layout]
 micro_batch = 1
+device = "cpu"
 bucket_mb = 0.05
 [data]
 tokenizer = "poly.model"
@@ -61,7 +62,7 @@ def make(folder: Path) -> Path:
         records = [{"text": " ".join(pick.choices(words, k=pick.randint(3, 20)))} for _ in range(300)]
         (folder / f"{language}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     files = {language: [folder / f"{language}.jsonl"] for language in LETTERS}
-    train_tokenizer(files, folder / "poly.model", vocabulary=320)
+    train_tokenizer(files, folder / "poly.model", vocabulary=323)
     tokenizer = Tokenizer.load(folder / "poly.model")
     for language in LETTERS:
         options = builder.Options(validation_fraction=0.1, threads=1)

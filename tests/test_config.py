@@ -328,7 +328,7 @@ def test_every_wrong_value_is_listed():
     [
         ("modell", "unknown key 'modell'; did you mean 'model'?"),
         ("model__layer", "unknown key 'model.layer'; did you mean 'layers'?"),
-        ("layout__xyz", "unknown key 'layout.xyz'; known here: bucket_mb, dp, micro_batch, pp, schedule, tp"),
+        ("layout__xyz", "unknown key 'layout.xyz'; known here: bucket_mb, device, dp, micro_batch, pp, schedule, tp"),
         ("data__sources__en__lang", "unknown key 'data.sources.en.lang'; did you mean 'language'?"),
         ("data__stages__1__token", "unknown key 'data.stages.1.token'; did you mean 'tokens'?"),
         ("checkpoint__every", "unknown key 'checkpoint.every'; did you mean 'every_steps'?"),

@@ -22,6 +22,7 @@ from megapoly.optim.adam import AdamW
 from megapoly.spec import ParamSpec, Piece
 
 WEIGHTS = "weights"
+_SHARED_SIZE = 1 << 18  # elements from which on a tensor is shared out over dp
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def save(
         rank=control.rank,
         size=control.size,
         gather=lambda value: comm.gather_objects(value, control),
-        barrier=lambda: comm.barrier(control),
+        broadcast=lambda value: comm.broadcast_object(value, control),
         keep=config.checkpoint.keep,
     )
 
@@ -99,12 +100,7 @@ def load_weights(reader: store.Reader, stage: DecoderStage) -> None:
 
 def check_identity(reader: store.Reader, config: Config) -> None:
     """Refuse to go on with a checkpoint whose logical run differs from ``config``."""
-    found, wanted = _flatten(reader.meta["identity"]), _flatten(config.identity())
-    lines = [
-        f"  {key}: the run has {found.get(key, 'nothing')}, the config has {wanted.get(key, 'nothing')}"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
+    lines = differences(reader.meta["identity"], config.identity(), "the run", "the config")
     if lines:
         raise ConfigError(
             f"{reader.path}: belongs to a run with another config; differing keys:\n" + "\n".join(lines) +
@@ -112,11 +108,19 @@ def check_identity(reader: store.Reader, config: Config) -> None:
         )  # fmt: skip
 
 
-def open_newest(root: Path) -> store.Reader:
-    """The newest whole checkpoint of a run, or of a folder that is one."""
-    if (root / "manifest.json").exists():
-        return store.Reader(root)
-    return store.Reader(store.newest(root))
+def differences(found: Any, wanted: Any, has: str, other: str) -> list[str]:
+    """A line for every key that differs between two trees: ``has`` holds ``found``, ``other`` holds ``wanted``."""
+    a, b = _flatten(found), _flatten(wanted)
+    return [
+        f"  {key}: {has} has {a.get(key, 'nothing')}, {other} has {b.get(key, 'nothing')}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+
+
+def newest(path: Path) -> Path:
+    """The newest whole checkpoint in a folder of them, or the folder itself where it is one."""
+    return path if (path / "manifest.json").exists() else store.newest(path)
 
 
 def saved_config(reader: store.Reader) -> Config:
@@ -141,11 +145,17 @@ def _flat_tensors(optimizer: AdamW) -> Iterator[tuple[str, ParamSpec, Tensor]]:
 
 def _entries(optimizer: AdamW, context: ParallelContext) -> Iterator[store.Entry]:
     dp = context.dp
-    for kind, spec, flat in _flat_tensors(optimizer):
-        if spec.owner:
-            size = spec.box.size
+    for number, (kind, spec, flat) in enumerate(_flat_tensors(optimizer)):
+        if not spec.owner:
+            continue
+        size = spec.box.size
+        if size >= _SHARED_SIZE:
             begin, end = size * dp.rank // dp.size, size * (dp.rank + 1) // dp.size
-            yield store.Entry(f"{kind}/{spec.name}", spec.shape, Piece(spec.box, begin, end), flat[begin:end])
+        elif number % dp.size == dp.rank:  # a small one is one rank's, which keeps the manifest short
+            begin, end = 0, size
+        else:
+            continue
+        yield store.Entry(f"{kind}/{spec.name}", spec.shape, Piece(spec.box, begin, end), flat[begin:end])
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Any]:

@@ -31,7 +31,7 @@ from megapoly.errors import CheckpointError, everywhere
 from megapoly.spec import Box, Index, Piece
 
 _FORMAT, _VERSION = "megapoly-checkpoint", 1
-_MANIFEST, _ERROR = "manifest.json", "error"
+_MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -54,7 +54,7 @@ def save(
     rank: int = 0,
     size: int = 1,
     gather: Callable[[Any], list[Any] | None] | None = None,
-    barrier: Callable[[], Any] | None = None,
+    broadcast: Callable[[Any], Any] | None = None,
     keep: int | None = None,
 ) -> Path:
     """Write one checkpoint, together with the other ranks; return its folder.
@@ -64,7 +64,7 @@ def save(
 
     Args:
         gather: gives rank 0 the list of every rank's object, and the other ranks None. Needed where ``size`` > 1.
-        barrier: waits for every rank. Needed where ``size`` > 1.
+        broadcast: gives every rank rank 0's object. Needed where ``size`` > 1.
         keep: how many checkpoints up to this step to keep; older ones are removed. None keeps all.
 
     Raises:
@@ -72,33 +72,27 @@ def save(
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep is {keep}; it is at least 1, or None")
-    if size > 1 and (gather is None or barrier is None):
-        raise ValueError("several ranks need gather and barrier")
-    wait = barrier or (lambda: None)
+    if size > 1 and (gather is None or broadcast is None):
+        raise ValueError("several ranks need gather and broadcast")
+    tell = broadcast or (lambda value: value)
     final = folder(root, step)
     temporary = final.with_name(f".{final.name}")
 
-    refused = _attempt(rank, lambda: _prepare(root, final, temporary, meta))[1] if rank == 0 else None
-    wait()
-    report, problem = (None, refused) if refused else _attempt(rank, lambda: _write_rank(temporary, rank, entries))
-    reports = gather((report, problem)) if gather is not None and size > 1 else [(report, problem)]
-    if rank == 0:
-        assert reports is not None
-        problem = refused or "; ".join(text for _, text in reports if text) or None
-        if problem is None:
-            parts = [part for part, _ in reports if part is not None]
-            problem = _attempt(rank, lambda: _finish(final, temporary, _manifest(step, meta, parts), keep))[1]
-        if problem is not None:
-            message = problem
-            _attempt(rank, lambda: _leave_error(temporary, message))
-    wait()
-    if rank != 0:
-        problem = _outcome(final, temporary, problem)
-    wait()
+    problem = _attempt(rank, lambda: _prepare(root, final, temporary, meta))[1] if rank == 0 else None
+    problem = tell(problem)
+    if problem is None:
+        written = _attempt(rank, lambda: _write_rank(temporary, rank, entries))
+        reports = gather(written) if gather is not None and size > 1 else [written]
+        if reports is not None:
+            problem = "; ".join(text for _, text in reports if text) or None
+            if problem is None:
+                parts = [part for part, _ in reports]
+                problem = _attempt(rank, lambda: _finish(final, temporary, _manifest(step, meta, parts), keep))[1]
+            if problem is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+        problem = tell(problem)
     if problem is None:
         return final
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
     raise everywhere(CheckpointError(f"{final}: not saved; {problem}. The earlier checkpoints are as they were"))
 
 
@@ -122,10 +116,22 @@ def _prepare(root: Path, final: Path, temporary: Path, meta: dict[str, Any]) -> 
     temporary.mkdir()
 
 
+def _expect_folder(temporary: Path) -> None:
+    """Ask the server by trying to make it: a network file system may remember that a folder was not there."""
+    try:
+        temporary.mkdir()
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        pass
+    else:
+        temporary.rmdir()
+    raise FileNotFoundError(f"{temporary}, which rank 0 made, is not there; all ranks need one shared folder")
+
+
 def _write_rank(temporary: Path, rank: int, entries: Iterable[Entry]) -> dict[str, Any]:
     """Write the file of one rank; what rank 0 has to know of it."""
-    if not temporary.is_dir():
-        raise FileNotFoundError(f"{temporary}, which rank 0 made, is not there; all ranks need one shared folder")
+    _expect_folder(temporary)
     ordered = sorted(entries, key=lambda entry: -entry.data.element_size())  # every tensor aligned to its own size
     file = f"rank-{rank:05d}.safetensors"
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -220,23 +226,6 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _leave_error(temporary: Path, message: str) -> None:
-    """Make room first: the disk may be full."""
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    (temporary / _ERROR).write_text(message, encoding="utf-8")
-
-
-def _outcome(final: Path, temporary: Path, own: str | None) -> str | None:
-    """What rank 0 made of the save, seen from another rank: None if the checkpoint is whole."""
-    try:
-        return (temporary / _ERROR).read_text(encoding="utf-8")
-    except OSError:
-        if own is None and (final / _MANIFEST).is_file():
-            return None
-        return own or "rank 0 could not finish it, and says why"
 
 
 def _piece(row: Mapping[str, Any]) -> Piece:

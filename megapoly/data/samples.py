@@ -104,6 +104,7 @@ def validation(
     *,
     windows: int,
     rows_multiple: int,
+    part: tuple[int, int] = (0, 1),
     vocabulary: int,
     separate_documents: bool,
     with_tokens: bool,
@@ -116,28 +117,32 @@ def validation(
     nothing to predict.
 
     Args:
-        source: index in ``plan.sources``; the other arguments are those of :func:`read`.
+        source: index in ``plan.sources``.
+        part: (i, n) gives the i-th of n equal parts of these rows; n has to divide ``rows_multiple``.
+        vocabulary, separate_documents, with_tokens: as of :func:`read`.
     """
     dataset = datasets[plan.sources[source].name]
     length, first, end = plan.sequence, dataset.train_tokens, dataset.tokens
     count = min(windows, max(0, -(-(end - first - 1) // length)))
-    padded = -(-count // rows_multiple) * rows_multiple
-    starts = first + length * np.arange(count, dtype=np.int64)
+    rank, size = part
+    rows = -(-count // rows_multiple) * rows_multiple // size
+    numbers = np.arange(rank * rows, (rank + 1) * rows, dtype=np.int64)
+    numbers[numbers >= count] = -1
+    starts = first + length * numbers[numbers >= 0]
     full = int(np.sum(starts + length + 1 <= end))
     tokens = None
     if with_tokens:
-        tokens = np.full((padded, length + 1), NOT_COUNTED, np.int64)
+        tokens = np.full((rows, length + 1), NOT_COUNTED, np.int64)
         if full:
             tokens[:full] = dataset.gather(starts[:full], length + 1, vocabulary)
-        if full < count:
+        if full < starts.size:
             rest = end - int(starts[full])
-            tokens[full:count, :rest] = dataset.gather(starts[full:], rest, vocabulary)
+            tokens[full : starts.size, :rest] = dataset.gather(starts[full:], rest, vocabulary)
     flags = None
     if separate_documents:
-        flags = np.zeros((padded, length + 1), bool)
-        _mark(flags, np.arange(count), dataset, starts)
-    numbers = np.where(np.arange(padded) < count, np.arange(padded), -1)
-    return _batch(numbers, np.full(padded, source, np.int32), tokens, flags, length)
+        flags = np.zeros((rows, length + 1), bool)
+        _mark(flags, np.arange(starts.size), dataset, starts)
+    return _batch(numbers, np.full(rows, source, np.int32), tokens, flags, length)
 
 
 def _mark(

@@ -32,11 +32,11 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         local, inside = ctx.saved_tensors
-
-        def add(out: Tensor) -> None:
-            out.index_add_(0, local[inside], grads[0][inside].to(out.dtype))
-
-        return hand_over(ctx.sink, ctx.weight, add), None, None, None, None, None
+        # Rows of other ranks add zeros to row 0: picking them out would make a GPU wait for their number.
+        rows = (local * inside).flatten()
+        gradient = (grads[0] * inside.unsqueeze(-1)).flatten(0, -2)
+        d_weight = hand_over(ctx.sink, ctx.weight, lambda out: out.index_add_(0, rows, gradient.to(out.dtype)))
+        return d_weight, None, None, None, None, None
 
 
 class VocabularyEmbedding(nn.Module):

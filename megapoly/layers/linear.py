@@ -45,17 +45,20 @@ class _Linear(torch.autograd.Function):
             pending = comm.all_reduce_async(dx, ctx.axis)
         x_flat = x.reshape(-1, inputs)
 
-        def add_weight(out: Tensor) -> None:
-            matrix = out.view(outputs, inputs)
-            if matrix.dtype == dy.dtype:
-                matrix.addmm_(dy.t(), x_flat)
-            else:
-                matrix.add_(dy.t() @ x_flat)
-
-        d_weight = hand_over(ctx.sink, weight, add_weight)
+        d_weight = hand_over(ctx.sink, weight, lambda out: _add_product(out.view(outputs, inputs), dy.t(), x_flat))
         d_bias = hand_over(ctx.sink, bias, lambda out: out.view(-1).add_(dy.sum(0, dtype=out.dtype)))
         d_input = pending.wait().view(x.shape) if pending else None
         return d_input, d_weight, d_bias, None, None, None
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b`` without rounding the product to a dtype narrower than that of ``out``."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif out.is_cuda:
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sink: GradSink | None) -> Tensor:

@@ -62,7 +62,9 @@ class Buffers:
             for slot in plan.slots:
                 parameter = self.parameters[slot.parameter]
                 view = bucket.values[slot.start : slot.stop].view(parameter.shape)
-                view.copy_(parameter.detach())
+                # What is padding stays zero from here on: nothing is ever read into it, and its gradient is zero.
+                inside = _spec(parameter).box.size
+                view.view(-1)[:inside] = parameter.detach().view(-1)[:inside]
                 parameter.data = view
                 self._gradients[id(parameter)] = bucket.gradients[slot.start : slot.stop].view(parameter.shape)
                 self._bucket_of[id(parameter)] = number
@@ -115,8 +117,9 @@ class Buffers:
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of the gradients that this rank owns, as a float64 scalar tensor."""
-        owned = [self._gradients[id(p)] for p in self.parameters if _spec(p).owner]
         total = torch.zeros((), dtype=torch.float64, device=self.context.device)
-        for norm in torch._foreach_norm(owned) if owned else ():
-            total += norm.double().square()
+        for parameter in self.parameters:
+            if _spec(parameter).owner:
+                # Summed in float64: a float32 sum over a large tensor is off by a percent, and depends on the layout.
+                total += torch.linalg.vector_norm(self._gradients[id(parameter)], dtype=torch.float64).square()
         return total

@@ -110,6 +110,16 @@ def test_bf16_parameters_have_fp32_master_weights() -> None:
     assert not torch.equal(start, narrow[0])
 
 
+def test_the_norm_of_a_large_float32_gradient_is_exact() -> None:
+    parameter = nn.Parameter(torch.zeros(1 << 22))
+    parameter.spec = spec("a", 1 << 22)  # type: ignore[attr-defined]
+    gradient = torch.rand(1 << 22, generator=torch.Generator().manual_seed(0))
+    buffers = Buffers([(parameter, 1)], ParallelContext.create(), bucket_mb=64)
+    buffers.begin(1)
+    buffers.add(parameter, adder(gradient))
+    assert float(buffers.squared_norm()) == pytest.approx(float(gradient.double().square().sum()), rel=1e-12)
+
+
 def test_too_many_and_missing_gradients_are_errors() -> None:
     made = parameters(torch.float32)
     buffers = Buffers([(p, 1) for p in made], ParallelContext.create(), bucket_mb=1.0)

@@ -15,9 +15,11 @@ from megapoly.data import builder
 from megapoly.data.samples import Batch
 from megapoly.data.tokenizer import Tokenizer, train_tokenizer
 from megapoly.engine import Engine
-from megapoly.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megapoly.errors import CheckpointError, ConfigError, DataError, MegapolyError, TrainingError
+from megapoly.launch import choose_device
 from megapoly.trainer import Resume, prepare, train
 from tests.corpus import lines
+from tests.ranks import run_ranks
 
 
 def go(toml: Path, run: Path, *extra: str, resume: Resume = "never", stop_step: int | None = 2) -> None:
@@ -30,6 +32,59 @@ def folder(toml: Path, tmp_path: Path) -> Path:
     """A copy of the corpus that may be damaged."""
     shutil.copytree(toml.parent, tmp_path / "corpus")
     return tmp_path / "corpus"
+
+
+def faulty(rank: int, size: int, toml: Path, run: Path, fault: str) -> tuple[str, str]:
+    """The error of each rank where rank 1 alone has a fault, and then of a try without it."""
+
+    def error(*sets: str) -> str:
+        settings = config.load(toml, [f"train.directory={str(run)!r}", "layout.tp=2", *sets]).on(size)
+        context = ParallelContext.create(settings.mesh)
+        try:
+            prepare(settings, context)
+        except MegapolyError as caught:
+            return f"{type(caught).__name__}: {caught}" if caught.everywhere else "of one rank alone"
+        finally:
+            context.close()
+        return ""
+
+    return error(*[fault] * (rank == 1)), error()
+
+
+def test_the_error_of_one_rank_is_that_of_all_and_leaves_nothing_behind(toml: Path, tmp_path: Path) -> None:
+    missing = run_ranks(2, faulty, toml, tmp_path / "missing", "data.sources.en.path='nothing'")
+    assert missing[0] == missing[1]
+    assert "DataError" in missing[0][0]
+    assert "nothing.bin" in missing[0][0]
+    assert missing[0][1] == ""
+    other = run_ranks(2, faulty, toml, tmp_path / "other", "optimizer.clip=0.7")
+    assert other[0] == other[1]
+    assert "optimizer.clip: rank 0 has 1.0, rank 1 has 0.7" in other[0][0]
+    assert other[0][1] == ""
+
+
+def test_a_run_that_ended_before_its_first_checkpoint(toml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = config.load(toml, [f"train.directory={str(run)!r}"]).on(1)
+    prepare(settings, ParallelContext.create())
+    with pytest.raises(CheckpointError, match="ended before its first checkpoint; give --resume-if-any"):
+        go(toml, run)
+    with pytest.raises(ConfigError, match=r"train\.seed: the run has 1234, the config has 5"):
+        go(toml, run, "train.seed=5", resume="if-any")
+    go(toml, run, resume="if-any")
+    assert [event["step"] for event in lines(run, "train")] == [1, 2]
+
+
+def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    assert choose_device("cpu", 7) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="local rank 2 was started on a machine with 2 GPUs"):
+        choose_device("auto", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_device("auto", 3) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="0 GPUs"):
+        choose_device("cuda", 0)
 
 
 def test_a_run_folder_is_not_overwritten(toml: Path, tmp_path: Path) -> None:
@@ -83,7 +138,7 @@ def test_a_tokenizer_of_another_dataset(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer(toml: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.vocabulary 100 is less than the 320 pieces"):
+    with pytest.raises(ConfigError, match=r"model\.vocabulary 100 is less than the 323 pieces"):
         go(toml, tmp_path / "run", "model.vocabulary=100")
 
 
