@@ -168,6 +168,8 @@ def data_build(
         f" {made.tokens:,} tokens, {made.bytes / made.tokens:.3f} bytes/token, {spent:.1f} s,"
         f" {made.bytes / 1e6 / spent:.1f} MB/s"
     )
+    if validation and not made.validation.documents:
+        print(f"  none of so few documents is held out at --validation {validation}: this source will not be validated")
 
 
 @data_app.command("inspect")

@@ -1,7 +1,7 @@
 """Collectives and transfers over an :class:`Axis`.
 
 The only module that calls torch's collectives. On an axis of one rank every function is the identity. Calls, bytes and
-waiting time are counted in ``axis.traffic``. A peer that is gone is a :class:`TrainingError` naming the axis and ranks.
+waiting time are counted in ``axis.traffic``. A peer that is gone is a :class:`PeerLost`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,24 @@ from megapoly.errors import TrainingError
 # What gloo says, in a plain RuntimeError, when a peer is gone.
 _LOST = re.compile(r"gloo|connection|closed|timed out|timeout|broken pipe", re.IGNORECASE)
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class PeerLost(TrainingError):
+    """A collective that did not end because a rank is gone or hangs.
+
+    Attributes:
+        ranks: those that took part.
+    """
+
+    def __init__(self, what: str, axis: Axis, cause: Exception) -> None:
+        self.what, self.ranks = f"{what} over {axis.name}", axis.ranks
+        peers = ", ".join(map(str, axis.ranks))
+        super().__init__(f"{self.what} failed: one of ranks {peers} is gone or hangs ({_short(str(cause))})")
+
+
+def _short(text: str) -> str:
+    """What a back end says, without the places in its source."""
+    return re.sub(r"\[/\S*\]\s*", "", text.splitlines()[0])[:80]
 
 
 class Pending:
@@ -48,11 +66,7 @@ def _counted(axis: Axis, what: str, calls: int = 0, payload: int = 0) -> Iterato
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
             raise
-        peers = ", ".join(map(str, axis.ranks))
-        raise TrainingError(
-            f"{what} over {axis.name} (ranks {peers}) failed, one of these ranks is gone or hangs:"
-            f" {str(error).splitlines()[0]}"
-        ) from error
+        raise PeerLost(what, axis, error) from error
     finally:
         traffic = axis.traffic
         traffic.calls += calls

@@ -425,7 +425,8 @@ def _check_batch(config: Config) -> None:
         nearest = max(1, round(batch / per_round)) * per_round
         raise ConfigError(
             f"train.global_batch {batch} does not divide by layout.micro_batch {layout.micro_batch} x dp"
-            f" {layout.dp or 1} = {per_round}; set train.global_batch to {nearest} or change layout.micro_batch"
+            f" {layout.dp or 1} = {per_round}; change the number of ranks, layout.micro_batch, or, which changes the"
+            f" run itself, train.global_batch (the nearest that fits is {nearest})"
         )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from megapoly import comm
 from megapoly import config as configuration
 from megapoly.context import ParallelContext
 from megapoly.errors import ConfigError, MegapolyError, TrainingError, everywhere
@@ -133,6 +136,41 @@ def parallel(mesh: Mesh, rank: int, device: torch.device) -> Iterator[ParallelCo
         dist.destroy_process_group()
 
 
+def _neighbours(context: ParallelContext) -> dict[int, int]:
+    """Process id of every rank on this machine. Collective."""
+    mine = (socket.gethostname(), os.getpid())
+    everyone = comm.broadcast_object(comm.gather_objects(mine, context.control), context.control)
+    return {rank: pid for rank, (host, pid) in enumerate(everyone) if host == mine[0]}
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        # A killed process stays in the table until its parent has asked for its end.
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[-1].split()[0] == "Z"
+    except ProcessLookupError:
+        return True
+    except OSError:  # no /proc
+        return False
+
+
+def _explain(error: MegapolyError, neighbours: dict[int, int]) -> str:
+    """The message; of a lost peer, which one it was, if it ran on this machine."""
+    if isinstance(error, comm.PeerLost):
+        gone = [str(rank) for rank, pid in neighbours.items() if _is_gone(pid)]
+        if gone:
+            return f"{error.what} failed: rank {', '.join(gone)} is gone"
+    return str(error)
+
+
+def _tell_torchrun(text: str) -> None:
+    """Leave the message where torchrun looks for the cause of a failure, which it prints last."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
+
+
 def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: int | None) -> int:
     """``megapoly train``; the exit code. An error that all ranks share is said once on each machine.
 
@@ -145,6 +183,7 @@ def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: in
     stop = StopRequest()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    neighbours: dict[int, int] = {}
     try:
         try:
             config = configuration.load(path, overrides).on(size)
@@ -152,11 +191,14 @@ def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: in
         except ConfigError as error:
             raise everywhere(error) from None
         with parallel(config.mesh, rank, device) as context:
+            neighbours = _neighbours(context)
             run = prepare(config, context, resume)
             train(run, console, stop_step=stop_step, stopping=lambda: stop.asked)
     except MegapolyError as error:
+        text = _explain(error, neighbours)
+        _tell_torchrun(text)
         if local_rank == 0 or not error.everywhere:
             who = "megapoly" if error.everywhere or size == 1 else f"megapoly: rank {rank}"
-            print(f"{who}: {error}", file=sys.stderr, flush=True)
+            print(f"{who}: {text}", file=sys.stderr, flush=True)
         return 1
     return 0

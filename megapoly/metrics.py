@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, RenderableType
 from tensorboard.summary import Writer
 
 from megapoly.config import Config, Model
@@ -46,17 +48,21 @@ class Recorder:
 
     Args:
         sources: names in the order of the plan; each has a language in ``config.data.sources``.
+        last_step: at which this start of the run ends, for the time left.
     """
 
-    def __init__(self, config: Config, context: ParallelContext, sources: list[str], console: Console) -> None:
+    def __init__(
+        self, config: Config, context: ParallelContext, sources: list[str], console: Console, last_step: int
+    ) -> None:
         self.config, self.context, self.sources, self.console = config, context, sources, console
         self.languages = [config.data.sources[name].language for name in sources]
         self.active = context.rank == 0
+        self.last_tokens = last_step * config.step_tokens
         self.began = time.perf_counter()
         self.first_tokens: int | None = None
         self._live = False
         self._writer: Writer | None = None
-        self._seconds: dict[str, float] = {}
+        self._since_line = self._no_sums()  # losses and counted tokens by source since the last line
         folder = config.train.directory
         if self.active:
             self._log = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
@@ -66,14 +72,17 @@ class Recorder:
         self.peak_flops = peak * 1e12 * context.mesh.world_size if peak else None
         self.flops = flops_per_token(config.model, config.train.sequence)
 
-    def note(self, text: str) -> None:
-        """A line of its own on the terminal."""
+    def note(self, what: RenderableType) -> None:
+        """Lines of their own on the terminal."""
         if self._live:
             self.console.print()
             self._live = False
-        self.console.print(text)
+        self.console.print(what)
 
     def start(self, step: int, sample: int, tokens: int, resumed_from: str | None) -> None:
+        """A start of the run. Events of steps after ``step``, of a branch that is left, move to a file of their own."""
+        if self.active:
+            self._leave_branch(step)
         self._event(
             "start", step=step, sample=sample, tokens=tokens, layout=str(self.context.mesh), resumed_from=resumed_from
         )
@@ -111,14 +120,17 @@ class Recorder:
                 if count
             },
         )
+        for kept, new in zip(self._since_line, (sums, counts)):
+            kept[:] = [a + b for a, b in zip(kept, new)]
         if values["step"] % self.config.log.every_steps:
             return
         self._line(values, speed)
-        for name, total, count in zip(self.sources, sums, counts):
+        for name, total, count in zip(self.sources, *self._since_line):
             if count:
                 self._scalar(f"train/loss by source/{name}", total / count, values["tokens"])
-        for language, loss in self._by_language(sums, counts).items():
+        for language, loss in self._by_language(*self._since_line).items():
             self._scalar(f"train/loss by language/{language}", loss, values["tokens"])
+        self._since_line = self._no_sums()
         self._scalars(values, speed, waiting / seconds["step"], seconds)
 
     def validation(
@@ -142,8 +154,11 @@ class Recorder:
                 "validation: no source has held-out documents; `megapoly data build --validation SHARE` holds out"
             )
             return
-        values = "  ".join(f"{name} {value:.2f}" for name, value in bits.items())
-        self.note(f"bits per byte, {at} training, {_si(tokens)} tokens:  {values}")
+        when = {"before": "before training", "between": "between stages", "after": "after training"}.get(
+            at, "on the way"
+        )
+        self.note(f"held-out text, bits per byte, {when}, {_si(tokens)} tokens:")
+        self.note(Columns((f"{name} {value:.2f}" for name, value in bits.items()), padding=(0, 3)))
 
     def close(self) -> None:
         if not self.active:
@@ -154,7 +169,26 @@ class Recorder:
         if self._writer is not None:
             self._writer.close()
 
-    def _by_language(self, sums: list[float], counts: list[int]) -> dict[str, float]:
+    def _leave_branch(self, step: int) -> None:
+        path = self.config.train.directory / "log.jsonl"
+        kept: list[str] = []
+        left: list[str] = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            (kept if json.loads(line)["step"] <= step else left).append(line)
+        if not left:
+            return
+        with (path.parent / f"log.left-at-{step}.jsonl").open("a", encoding="utf-8") as old:
+            old.writelines(left)
+        self._log.close()
+        temporary = path.with_name(".log.jsonl")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._log = path.open("a", encoding="utf-8", buffering=1)
+
+    def _no_sums(self) -> tuple[list[float], list[float]]:
+        return [0.0] * len(self.sources), [0.0] * len(self.sources)
+
+    def _by_language(self, sums: list[float], counts: list[float]) -> dict[str, float]:
         total: dict[str, list[float]] = {}
         for language, loss, count in zip(self.languages, sums, counts):
             entry = total.setdefault(language, [0.0, 0.0])
@@ -165,17 +199,20 @@ class Recorder:
     def _line(self, values: dict[str, Any], speed: float) -> None:
         assert self.first_tokens is not None
         done = values["tokens"] - self.first_tokens
-        left = (self.config.total_tokens - values["tokens"]) * (time.perf_counter() - self.began) / max(1, done)
-        text = (
-            f"step {values['step']:>5}/{self.config.total_steps}  {values['stage']} {values['stage_share']:4.0%}"
-            f"  {_si(values['tokens'])} tokens  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}"
-            f"  norm {values['gradient_norm']:.2f}  {_si(speed)} tokens/s  left {_clock(left)}"
-        )
-        if self.console.is_terminal:
-            self.console.print(text, end="\r")
-            self._live = True
-        else:
-            self.console.print(text)
+        left = (self.last_tokens - values["tokens"]) * (time.perf_counter() - self.began) / max(1, done)
+        step = f"step {values['step']:>5}/{self.config.total_steps}  {values['stage']} {values['stage_share']:4.0%}"
+        loss, speed_text, clock = f"loss {values['loss']:.4f}", f"{_si(speed)} tokens/s", f"left {_clock(left)}"
+        rate, norm = f"lr {values['learning_rate']:.2e}", f"norm {values['gradient_norm']:.2f}"
+        whole = (step, f"{_si(values['tokens'])} tokens", loss, rate, norm, speed_text, clock)
+        if not self.console.is_terminal:
+            self.console.print("  ".join(whole))
+            return
+        # A line that wraps could not be written over: the narrower the terminal, the fewer fields.
+        forms = (whole, (step, loss, rate, norm, speed_text, clock), (step, loss, speed_text, clock), (step, clock))
+        text = next((t for t in map("  ".join, forms) if len(t) < self.console.width), step)
+        self.console.file.write(f"\r\x1b[K{text}")
+        self.console.file.flush()
+        self._live = True
 
     def _scalars(
         self,
@@ -192,7 +229,7 @@ class Recorder:
         if self.peak_flops:
             self._scalar("speed/MFU", speed * self.flops / self.peak_flops, tokens)
         if self.context.device.type == "cpu":
-            self._scalar("speed/share of the step in communication", waiting, tokens)
+            self._scalar("speed/share of the step waiting for other ranks", waiting, tokens)
         for part, value in seconds.items():
             self._scalar(f"seconds/{part}", value, tokens)
         self._scalar("memory/peak GB of rank 0", _peak_memory(self.context.device) / 1e9, tokens)

@@ -45,7 +45,7 @@ class Run:
     engine: Engine
     plan: Plan
     datasets: dict[str, IndexedDataset]
-    token_bytes: torch.Tensor
+    tokenizer: Tokenizer
     counters: Counters
     resumed_from: Path | None
 
@@ -65,8 +65,8 @@ def train(
 
     Collective.
     """
-    recorder = Recorder(run.config, run.context, [source.name for source in run.plan.sources], console)
     last = run.config.total_steps if stop_step is None else min(stop_step, run.config.total_steps)
+    recorder = Recorder(run.config, run.context, [source.name for source in run.plan.sources], console, last)
     try:
         _announce(run, recorder)
         _loop(run, recorder, last, stopping)
@@ -141,9 +141,7 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run
         engine.initialise()
     else:
         counters = state.load(reader, config, engine.optimizer)
-    bytes_of = torch.zeros(config.model.vocabulary, dtype=torch.int64)
-    bytes_of[: tokenizer.vocabulary] = torch.from_numpy(tokenizer.byte_lengths().astype(np.int64))
-    return Run(config, context, engine, plan, datasets, bytes_of, counters, path)
+    return Run(config, context, engine, plan, datasets, tokenizer, counters, path)
 
 
 def _choose(config: Config, resume: Resume) -> Path | None:
@@ -195,8 +193,8 @@ def _announce(run: Run, recorder: Recorder) -> None:
     config, counters = run.config, run.counters
     count = parameter_count(config.model)
     recorder.note(
-        f"{count / 1e6:.1f} M parameters, {run.context.mesh}, {config.microbatches} micro-batches of"
-        f" {config.layout.micro_batch}, {config.layout.schedule}, {config.train.precision}"
+        f"{count / 1e6:.1f} M parameters, {run.context.mesh}, {config.microbatches} x"
+        f" {config.layout.micro_batch} sequences, {config.layout.schedule}, {config.train.precision}"
     )
     if run.resumed_from is not None:
         recorder.note(f"goes on from {run.resumed_from.name} at step {counters.step}, sample {counters.sample}")
@@ -207,6 +205,8 @@ def _loop(run: Run, recorder: Recorder, last_step: int, stopping: Callable[[], b
     config, engine = run.config, run.engine
     if run.counters.step == 0:
         _validate(run, recorder, "before")
+    elif run.counters.step >= last_step:
+        recorder.note(f"nothing to do: the run is at step {run.counters.step} already, and was to end at {last_step}")
     saved = run.resumed_from is not None
     axes = run.context.axes()
     with Loader(
@@ -271,7 +271,15 @@ def _validate_if_due(run: Run, recorder: Recorder, stage_end: int) -> None:
 
 
 def _save(run: Run, recorder: Recorder) -> bool:
-    path = state.save(run.checkpoints, run.config, run.plan, run.counters, run.engine.optimizer, run.context)
+    path = state.save(
+        run.checkpoints,
+        run.config,
+        run.plan,
+        run.counters,
+        run.engine.optimizer,
+        run.context,
+        tokenizer=run.tokenizer.sha256,
+    )
     recorder.note(f"saved {path.parent.name}/{path.name}")
     return True
 
@@ -283,6 +291,8 @@ def _validate(run: Run, recorder: Recorder, at: str) -> None:
         return
     sources = len(run.plan.sources)
     totals = torch.zeros(3, sources, dtype=torch.float64)
+    token_bytes = torch.zeros(config.model.vocabulary, dtype=torch.int64)
+    token_bytes[: run.tokenizer.vocabulary] = torch.from_numpy(run.tokenizer.byte_lengths().astype(np.int64))
     for source in range(sources):
         batches = _validation_batches(run, source)
         for begin in range(0, len(batches), _VALIDATION_BATCHES):
@@ -290,7 +300,7 @@ def _validate(run: Run, recorder: Recorder, at: str) -> None:
             for losses_SB, batch in zip(run.engine.evaluate(chunk), chunk):
                 assert batch.labels is not None
                 counted = batch.labels >= 0
-                values = (losses_SB.double().sum(), counted.sum(), run.token_bytes[batch.labels[counted]].sum())
+                values = (losses_SB.double().sum(), counted.sum(), token_bytes[batch.labels[counted]].sum())
                 for row, value in enumerate(values):
                     totals[row, source] += float(value)
     if context.tp.rank > 0:

@@ -256,11 +256,11 @@ CROSS = {
     ),
     "global batch by micro-batch": (
         {"layout__micro_batch": 3},
-        "train.global_batch 8 does not divide by layout.micro_batch 3 x dp 1 = 3; set train.global_batch to 9 or",
+        "train.global_batch 8 does not divide by layout.micro_batch 3 x dp 1 = 3; change the number of",
     ),
     "global batch by micro-batch and dp": (
         {"layout__micro_batch": 8, "layout__dp": 2},
-        "train.global_batch 8 does not divide by layout.micro_batch 8 x dp 2 = 16; set train.global_batch to 16 or",
+        "train.global_batch 8 does not divide by layout.micro_batch 8 x dp 2 = 16; change the number of",
     ),
 }  # fmt: skip
 

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from megapoly.config import load
 from megapoly.context import ParallelContext
-from megapoly.errors import CheckpointError, ConfigError
+from megapoly.data.tokenizer import train_tokenizer
+from megapoly.errors import CheckpointError, ConfigError, DataError
 from megapoly.generate import Generator, Sampling, choose
 from megapoly.layers.call import Call
 from megapoly.trainer import prepare, train
@@ -71,7 +72,10 @@ def test_sampling_follows_the_probabilities() -> None:
     assert choose(logits, Sampling(temperature=0), random) == 0
 
 
-def test_bad_input(run: Path, tmp_path: Path) -> None:
+def test_bad_input(run: Path, toml: Path, tmp_path: Path) -> None:
+    other = train_tokenizer({"en": [toml.parent / "en.jsonl"]}, tmp_path / "other.model", vocabulary=300)
+    with pytest.raises(DataError, match=r"other\.model: is not the tokenizer that .*step-00000020 was trained with"):
+        Generator(run, other.path)
     with pytest.raises(ConfigError, match="top_p 0 is out of range"):
         Sampling(top_p=0)
     with pytest.raises(CheckpointError, match=str(tmp_path)):

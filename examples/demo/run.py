@@ -117,8 +117,8 @@ def make_data(demo: Demo) -> None:
     with demo.step("Indexed datasets: one for each language, one of bilingual documents"):
         demo.command(f"mkdir -p {FOLDER}/data")
         demo.command(
-            f"for LANG in {' '.join(LANGUAGES)}; do {build} --language $LANG --output {FOLDER}/data/$LANG"
-            f" {FOLDER}/text/corpus/$LANG.jsonl; done"
+            f"for CODE in {' '.join(LANGUAGES)}; do {build} --language $CODE --output {FOLDER}/data/$CODE"
+            f" {FOLDER}/text/corpus/$CODE.jsonl; done"
         )
         name = curriculum.PAIRS
         demo.command(f"{build} --pairs --language {name} --output {FOLDER}/data/{name} {FOLDER}/text/pairs/en-*.jsonl")
@@ -203,6 +203,10 @@ def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
         summarise(demo, config)
     except MegapolyError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(
+            f"stopped; where training had begun, go on with\n  $ {demo.torchrun} -m megapoly train {CONFIG} --resume"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -85,10 +85,13 @@ class TensorFile:
         try:
             found = self.path.stat().st_size
         except OSError as error:
-            raise CheckpointError(f"{self.path}: is missing ({error.strerror}); use another checkpoint") from error
+            raise CheckpointError(
+                f"{self.path}: is missing ({error.strerror}); move its folder away to use the one before"
+            ) from error
         if found != self.size:
             raise CheckpointError(
-                f"{self.path}: has {found} bytes, {self.size} were written; it is damaged, use another checkpoint"
+                f"{self.path}: has {found} bytes, {self.size} were written; it is damaged,"
+                " move its folder away to use the one before"
             )
 
     def slice(self, name: str, key: str, dtype: torch.dtype, place: tuple[int, Box], common: Box) -> torch.Tensor:
@@ -149,7 +152,7 @@ class TensorFile:
                 raise CheckpointError(
                     f"{self.path}: bytes {block * BLOCK} to {min(self.size, (block + 1) * BLOCK)}, needed for tensor"
                     f" {name!r}, are damaged (CRC-32 {found:08x}, {self._crc32[block]:08x} was written);"
-                    " use another checkpoint"
+                    " move its folder away to use the one before"
                 )
             self._checked[block] = 1
 

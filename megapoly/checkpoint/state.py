@@ -41,11 +41,18 @@ def logical_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def save(
-    root: Path, config: Config, plan: Plan, counters: Counters, optimizer: AdamW, context: ParallelContext
+    root: Path,
+    config: Config,
+    plan: Plan,
+    counters: Counters,
+    optimizer: AdamW,
+    context: ParallelContext,
+    *,
+    tokenizer: str,
 ) -> Path:
     """Write a checkpoint together with all ranks and return its folder.
 
-    Every owner's tensors are shared out over dp, so that all ranks write.
+    Every owner's tensors are shared out over dp, so that all ranks write. ``tokenizer`` is its SHA-256.
 
     Raises:
         CheckpointError: on every rank, if any could not write; see :func:`megapoly.checkpoint.store.save`.
@@ -57,6 +64,7 @@ def save(
         "plan": plan.to_document(),
         "counters": asdict(counters),
         "optimizer_steps": optimizer.steps,
+        "tokenizer": tokenizer,
         "layout": str(context.mesh),
     }
     return store.save(

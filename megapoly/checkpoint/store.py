@@ -313,7 +313,7 @@ class Reader:
         if found != piece.size:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r}: {piece.size - found} of the {piece.size} elements of {say(piece)}"
-                " are stored nowhere; the checkpoint is damaged, use another one"
+                " are stored nowhere; it is damaged, move its folder away to use the one before"
             )
 
     def expect(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -349,7 +349,7 @@ class Reader:
             for start, stop in file.damaged()
         ]
         if damaged:
-            raise CheckpointError(f"{self.path}: damaged: {_some(damaged)}; use another checkpoint")
+            raise CheckpointError(f"{self.path}: damaged: {_some(damaged)}; move its folder away to use the one before")
 
     def _names_at(self, file: TensorFile, start: int, stop: int) -> list[str]:
         """Tensors with bytes in a range of a file; nobody knows where its header is damaged."""
@@ -366,7 +366,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); give the folder of a whole checkpoint, step-N"
         ) from error
-    damaged = f"{path}: damaged; use another checkpoint"
+    damaged = f"{path}: damaged; move its folder away to use the one before"
     try:
         document = json.loads(raw)
     except ValueError as error:

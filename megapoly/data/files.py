@@ -74,8 +74,13 @@ class JsonLines:
     def _record(self, number: int, line: bytes) -> Record:
         try:
             values = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.path}, line {number}: is not UTF-8, at byte {error.start} of it; convert the file to UTF-8"
+            ) from error
         except ValueError as error:
-            raise DataError(f"{self.path}, line {number}: is not JSON ({error}); expected one object a line") from error
+            found = f"is not JSON ({error})" if line.strip() else "is blank"
+            raise DataError(f"{self.path}, line {number}: {found}; expected one object a line") from error
         if not isinstance(values, dict):
             raise DataError(
                 f"{self.path}, line {number}: is a JSON {type(values).__name__}; expected one object a line"

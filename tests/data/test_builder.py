@@ -161,7 +161,7 @@ def test_pairs_hold_both_texts(tmp_path, tokenizer):
     ("line", "message"),
     [
         ('{"text": "a"', r"line 3: is not JSON"),
-        ("", r"line 3: is not JSON"),
+        ("", r"line 3: is blank; expected one object a line"),
         ("[1]", r"line 3: is a JSON list; expected one object a line"),
         ('{"body": "a"}', r"line 3: has no field 'text', only \['body'\]"),
         ('{"text": ""}', r"line 3: field 'text' is empty"),
@@ -169,7 +169,7 @@ def test_pairs_hold_both_texts(tmp_path, tokenizer):
         ('{"text": 5}', r"line 3: field 'text' holds int, not text"),
         ('{"text": "\\ud800"}', r"line 3: field 'text' holds half a surrogate pair"),
         ('{"text": "a", "key": 5}', r"line 3: field 'key' holds int, not text"),
-        (b'{"text": "\xff"}', r"line 3: is not JSON"),
+        (b'{"text": "\xff"}', r"line 3: is not UTF-8, at byte 10 of it; convert the file"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

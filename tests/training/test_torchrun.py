@@ -95,7 +95,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(toml: Path, tmp_path: Path) 
     assert re.search(r"rank\s*:\s*2 \(local_rank: 2\)", rest), rest
     assert "SIGKILL" in rest or "exitcode  : -9" in rest
     # A survivor says in one line whom it lost; no traceback is needed to understand it.
-    assert re.search(r"megapoly: rank \d: .* over .* failed, one of these ranks is gone", rest), rest
+    assert re.search(r"megapoly: rank \d: .* over .* failed: rank 2 is gone", rest), rest
     assert "trainer.py" not in rest
 
 
@@ -112,11 +112,10 @@ def test_torchrun_restarts_from_the_last_checkpoint(toml: Path, tmp_path: Path) 
     assert re.search(r"goes on from step-0000000(4|8)", rest), rest
     with started(command(toml, tmp_path / "whole", *sets, ranks=2)) as process:
         process.communicate(timeout=60)
-    killed, whole = (
-        {event["step"]: event["loss"] for event in lines(tmp_path / name, "train")} for name in ("killed", "whole")
-    )
-    assert killed == pytest.approx(whole, rel=1e-12)
-    assert sorted(killed) == list(range(1, 21))
+    killed, whole = (lines(tmp_path / name, "train") for name in ("killed", "whole"))
+    assert [event["step"] for event in killed] == list(range(1, 21))  # what the killed rank undid stands elsewhere
+    assert [event["loss"] for event in killed] == pytest.approx([event["loss"] for event in whole], rel=1e-12)
+    assert list((tmp_path / "killed").glob("log.left-at-*.jsonl"))
 
 
 @linux
@@ -157,6 +156,7 @@ def test_a_wrong_number_of_ranks_is_said_once(toml: Path, tmp_path: Path) -> Non
     with started(command(toml, tmp_path / "run", "--set", "layout.tp=4", ranks=2)) as process:
         out, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    message = "2 ranks were started, which pp 1 x tp 4 = 4 does not divide"
-    assert out.count(message) == 1, out
+    message = "layout: 2 ranks were started, which pp 1 x tp 4 = 4 does not divide"
+    assert out.count(f"megapoly: {message}") <= 1, out
+    assert message in out.split("Root Cause")[1], out  # torchrun repeats it at the end of its own report
     assert "config.py" not in out
