@@ -29,7 +29,6 @@ setup(
         "torch>=2.11",
         "numpy>=1.24",
         "sentencepiece>=0.2.0",
-        "safetensors>=0.4",
         "pydantic>=2",
         "typer>=0.12",
         "rich>=13",
@@ -42,7 +41,7 @@ setup(
         "gpu": ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         # The tests also use megatron-core 0.15.3 where it is installed. It asks for numpy < 2, so it is installed
         # without its dependencies: pip install --no-deps megatron-core==0.15.3
-        "dev": [*DEMO, *CONVERT, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+        "dev": [*DEMO, *CONVERT, "safetensors>=0.4", "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
     },
     entry_points={"console_scripts": ["megapoly = megapoly.cli:main"]},
     ext_modules=[

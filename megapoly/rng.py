@@ -23,7 +23,8 @@ def key(seed: int, *what: str) -> int:
 def fill(parameter: Tensor, spec: ParamSpec, seed: int) -> None:
     """Write this rank's slice of the initial values into ``parameter`` (shape ``spec.local_shape``); padding is zero.
 
-    Bit for bit the same under every layout on one kind of device. Needs about 100 MB beside the tensor.
+    Bit for bit the same under every layout on one kind of device. Needs a few hundred MB beside the tensor,
+    or more where one row of its first dimension has millions of elements.
     """
     with torch.no_grad():
         parameter.zero_()

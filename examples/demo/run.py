@@ -174,9 +174,11 @@ def next_steps(demo: Demo, config: configuration.Config) -> list[tuple[str, str]
             f"{demo.torchrun} -m megapoly train {CONFIG} --set train.directory=long {' '.join(longer)}",
         ),
         (
-            "Your own text, as JSON lines with a field 'text': a dataset, then a source and a weight in the config:",
-            f"{demo.python} -m megapoly data build --tokenizer {TOKENIZER} --language XX"
-            f" --output {FOLDER}/data/XX my.jsonl",
+            "Your own text, my.jsonl with a field 'text' in each line: a dataset, and a run on it alone:",
+            f"{demo.python} -m megapoly data build --tokenizer {TOKENIZER} --language XX --validation {HELD_OUT}"
+            f" --output {FOLDER}/data/XX my.jsonl && {demo.torchrun} -m megapoly train {CONFIG} --set train.directory=mine"
+            ' --set \'data.sources={XX={path="data/XX",language="XX"}}\''
+            f" --set 'data.stages=[{{name=\"mine\",tokens={100 * config.step_tokens},weights={{XX=1.0}}}}]'",
         ),
         (
             "More ranks, on several machines: the same command on each, joined by a rendezvous:",

@@ -15,6 +15,7 @@ import enum
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 
@@ -96,6 +97,7 @@ class Schedule:
         return self.placement[stage - 1 if kind is Kind.RECV_FORWARD else stage + 1], self.placement[stage]
 
 
+@cache
 def build(name: str, pp: int, microbatches: int) -> Schedule:
     """The validated schedule ``name`` of ``pp`` ranks with ``microbatches`` micro-batches; any positive numbers do.
 
