@@ -176,8 +176,8 @@ def next_steps(demo: Demo, config: configuration.Config) -> list[tuple[str, str]
         (
             "Your own text, my.jsonl with a field 'text' in each line: a dataset, and a run on it alone:",
             f"{demo.python} -m megapoly data build --tokenizer {TOKENIZER} --language XX --validation {HELD_OUT}"
-            f" --output {FOLDER}/data/XX my.jsonl && {demo.torchrun} -m megapoly train {CONFIG} --set train.directory=mine"
-            ' --set \'data.sources={XX={path="data/XX",language="XX"}}\''
+            f" --output {FOLDER}/data/XX my.jsonl && {demo.torchrun} -m megapoly train {CONFIG}"
+            ' --set train.directory=mine --set \'data.sources={XX={path="data/XX",language="XX"}}\''
             f" --set 'data.stages=[{{name=\"mine\",tokens={100 * config.step_tokens},weights={{XX=1.0}}}}]'",
         ),
         (
