@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from megapoly.checkpoint import state, store
 from megapoly.checkpoint.state import Counters
 from megapoly.config import Config
 from megapoly.context import ParallelContext
+from megapoly.data.files import write_whole
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.loader import Loader, open_datasets
 from megapoly.data.plan import Plan, check_datasets, plan_from_config
@@ -179,14 +179,8 @@ def _check_begun(path: Path, config: Config) -> None:
 
 
 def _write_config(config: Config) -> None:
-    folder = config.train.directory
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{CONFIG}"
-        temporary.write_text(json.dumps(config.document(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / CONFIG)
-    except OSError as error:
-        raise ConfigError(f"train.directory {folder}: cannot be written ({error.strerror})") from error
+    text = json.dumps(config.document(), indent=2) + "\n"
+    write_whole(config.train.directory / CONFIG, text.encode())
 
 
 def _announce(run: Run, recorder: Recorder) -> None:

@@ -27,6 +27,7 @@ import torch
 
 from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
 from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
+from megapoly.data.files import sync_folder
 from megapoly.errors import CheckpointError, everywhere
 from megapoly.spec import Box, Index, Piece
 
@@ -198,9 +199,9 @@ def _finish(final: Path, temporary: Path, manifest: dict[str, Any], keep: int | 
     rest = json.dumps(manifest, separators=(",", ":"), allow_nan=False)[1:].encode()
     with BlockFile(temporary / _MANIFEST) as file:
         file.write(_checksum_line(rest) + rest)
-    _sync_folder(temporary)
+    sync_folder(temporary)
     os.rename(temporary, final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     if keep is not None:
         for old in [step for step in steps(final.parent) if step <= manifest["step"]][:-keep]:
             _remove(folder(final.parent, old))
@@ -218,14 +219,6 @@ def _remove(checkpoint: Path) -> None:
 
 def _checksum_line(rest: bytes) -> bytes:
     return b'{"crc32":"%08x",\n' % zlib.crc32(rest)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _piece(row: Mapping[str, Any]) -> Piece:

@@ -93,6 +93,12 @@ def test_a_run_folder_is_not_overwritten(toml: Path, tmp_path: Path) -> None:
         go(toml, tmp_path / "run")
 
 
+def test_a_run_folder_that_cannot_be_made(toml: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/run/config\.json: cannot be written"):
+        go(toml, tmp_path / "file" / "run")
+
+
 def test_resume_with_another_config_lists_the_keys(toml: Path, tmp_path: Path) -> None:
     go(toml, tmp_path / "run")
     with pytest.raises(ConfigError) as raised:
