@@ -26,7 +26,7 @@ _SETTINGS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich"
 
 app = typer.Typer(
     name="megapoly",
-    help="Multilingual language models in 3D parallel, from raw text to an evaluated model.",
+    help="Multilingual language models in 3D parallel, from raw text to a trained, sampled model.",
     add_completion=False,
     **_SETTINGS,
 )

@@ -65,5 +65,26 @@ def test_a_run_writes_its_log_and_tensorboard(toml: Path, tmp_path: Path) -> Non
     board = EventAccumulator(str(tmp_path / "run/tensorboard"))
     board.Reload()
     tags = set(board.Tags()["scalars"]) | set(board.Tags()["tensors"])
-    for tag in ("train/loss", "train/loss by language/ru", "validation/bits_per_byte/en", "speed/MFU", "seconds/data"):
+    for tag in (
+        "train/loss",
+        "train/loss by language/ru",
+        "train/loss by source/en",
+        "validation/bits_per_byte/en",
+        "speed/MFU",
+        "seconds/data",
+    ):
         assert tag in tags
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_live_line_fits_its_terminal(toml: Path, tmp_path: Path, width: int) -> None:
+    """A line that wrapped could not be written over by the next."""
+    screen = io.StringIO()
+    config = load(toml, [f"train.directory={str(tmp_path / 'run')!r}", "validation.windows=0"]).on(1)
+    console = Console(force_terminal=True, width=width, file=screen)
+    train(prepare(config, ParallelContext.create()), console, stop_step=3)
+    shown = [part.splitlines()[0] for part in screen.getvalue().split("\r\x1b[K")[1:]]
+    assert len(shown) == 3
+    assert all(len(line) < width for line in shown), shown
+    assert all(line.startswith(f"step     {step}/20  first") for step, line in enumerate(shown, 1))
+    assert ("loss" in shown[0], "norm" in shown[0]) == (width >= 80, width >= 200)
