@@ -130,6 +130,7 @@ def test_identity_leaves_free_what_may_change(file):
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(1, 40))
 def test_on_settles_the_layout_or_names_what_to_start(dp, pp, tp, given_dp, world):
     values = tree(layout__pp=pp, layout__tp=tp, train__global_batch=24, layout__micro_batch=1)
+    values["layout"]["sequence_parallel"] = False
     values["data"]["stages"] = [{"name": "all", "tokens": 24 * 32 * 10, "weights": {"en": 1}}]
     if given_dp:
         values["layout"]["dp"] = dp
@@ -194,7 +195,41 @@ CROSS = {
     ),
     "layers by pp": (
         {"layout__pp": 5},
-        "layout.pp 5 is more than model.layers 4: a stage would have no layer; set layout.pp to 4 or less",
+        "layout.pp 5 x 1 stages a rank is more than model.layers 4: a stage would have no layer; set layout.pp to 4",
+    ),
+    "layers by virtual stages": (
+        {"layout__schedule": "interleaved", "layout__virtual_stages": 3},
+        "layout.pp 2 x 3 stages a rank is more than model.layers 4: a stage would have no layer; take schedule '1f1b'",
+    ),
+    "virtual stages of another schedule": (
+        {"layout__virtual_stages": 2},
+        "layout.virtual_stages 2: schedule '1f1b' has 1 a rank; leave it out, or set layout.schedule to 'interleaved'",
+    ),
+    "one virtual stage": (
+        {"layout__schedule": "interleaved", "layout__virtual_stages": 1},
+        "layout.virtual_stages 1 makes 'interleaved' the same as '1f1b'",
+    ),
+    "bubbles of no pipeline": (
+        {"layout__schedule": "zero-bubble", "layout__pp": 1},
+        "layout.schedule 'zero-bubble' fills the bubbles of a pipeline, and layout.pp is 1; set layout.schedule to",
+    ),
+    "number of stage layers": (
+        {"layout__stage_layers": [1, 2, 1]},
+        "layout.stage_layers [1, 2, 1]: 3 stages with 4 layers, but the layout has 2 stages and the model 4 layers",
+    ),
+    "sum of stage layers": ({"layout__stage_layers": [1, 2]}, "2 stages with 3 layers, but the layout has 2 stages"),
+    "empty stage in the middle": (
+        {"layout__stage_layers": [2, 0, 0, 2], "layout__pp": 4},
+        "layout.stage_layers [2, 0, 0, 2]: only the first and the last stage, which hold the embedding and the output",
+    ),
+    "every k-th of nothing": (
+        {"layout__recompute_every": 2, "layout__recompute": "selective"},
+        "layout.recompute_every 2 counts whole layers; set layout.recompute to 'full', or leave it out",
+    ),
+    "sequence by tp": (
+        {"layout__tp": 3},
+        "train.sequence 32 does not divide by layout.tp 3, as sequence parallelism needs; set train.sequence to 30, or"
+        " layout.sequence_parallel to false",
     ),
     "sequence by positions": (
         {"train__sequence": 65},
@@ -275,8 +310,11 @@ def test_values_at_the_edge_of_every_check_are_accepted():
     for changes in (
         {"model__heads": 24},
         {"model__key_value_heads": 2},
-        {"layout__tp": 6},
+        {"layout__tp": 6, "layout__sequence_parallel": False},
         {"layout__pp": 4},
+        {"layout__pp": 4, "layout__stage_layers": [0, 2, 2, 0]},
+        {"layout__schedule": "zero-bubble-v", "layout__virtual_stages": 2},
+        {"layout__recompute": "full", "layout__recompute_every": 3},
         {"train__sequence": 64},
         {"data__stages__0__weights": {"en": 0.5, "zh": 0.5000005}},
         {"data__stages__0__weights": {"zh": 1}},
@@ -299,8 +337,8 @@ SINGLE = {
     "text": ({"model__hidden": "wide"}, "model.hidden: input should be a valid integer"),
     "not finite": ({"optimizer__learning_rate": float("inf")}, "optimizer.learning_rate: input should be a finite"),
     "share": ({"data__stages__0__weights__en": 1.5}, "data.stages.0.weights.en: input should be less than or equal to"),
-    "choice": ({"layout__schedule": "2f2b"}, "layout.schedule: input should be 'gpipe' or '1f1b', found '2f2b'"),
-    "precision": ({"train__precision": "fp8"}, "train.precision: input should be 'fp32', 'bf16' or 'fp64', found"),
+    "choice": ({"layout__schedule": "2f2b"}, "layout.schedule: input should be 'gpipe', '1f1b', 'interl"),
+    "precision": ({"train__precision": "fp8"}, "train.precision: input should be 'fp32', 'bf16', 'fp16' or 'fp64'"),
     "not a section": ({"model": 3}, "model: input should be a valid dictionary or instance of Model, found 3"),
     "not a list": ({"data__stages": 3}, "data.stages: input should be a valid list, found 3"),
     "no sources": ({"data__sources": {}}, "data.sources: dictionary should have at least 1 item"),
@@ -328,7 +366,7 @@ def test_every_wrong_value_is_listed():
     [
         ("modell", "unknown key 'modell'; did you mean 'model'?"),
         ("model__layer", "unknown key 'model.layer'; did you mean 'layers'?"),
-        ("layout__xyz", "unknown key 'layout.xyz'; known here: bucket_mb, device, dp, micro_batch, pp, schedule, tp"),
+        ("checkpoint__xyz", "unknown key 'checkpoint.xyz'; known here: every_steps, keep"),
         ("data__sources__en__lang", "unknown key 'data.sources.en.lang'; did you mean 'language'?"),
         ("data__stages__1__token", "unknown key 'data.stages.1.token'; did you mean 'tokens'?"),
         ("checkpoint__every", "unknown key 'checkpoint.every'; did you mean 'every_steps'?"),
@@ -341,8 +379,8 @@ def test_unknown_keys_are_refused_with_the_nearest_name(key, message):
 @pytest.mark.parametrize(
     ("override", "read", "expected"),
     [
-        ("layout.tp=3", lambda c: c.layout.tp, 3),
-        (" layout.tp = 3 ", lambda c: c.layout.tp, 3),
+        ("layout.tp=1", lambda c: c.layout.tp, 1),
+        (" layout.tp = 1 ", lambda c: c.layout.tp, 1),
         ("optimizer.learning_rate=2e-4", lambda c: c.optimizer.learning_rate, 2e-4),
         ("train.precision=fp64", lambda c: c.train.precision, "fp64"),
         ("train.precision = fp64", lambda c: c.train.precision, "fp64"),

@@ -1,0 +1,235 @@
+"""Every check of one key of a config against others. Messages say which keys, what they are, and what would fit."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+
+from megapoly.config_schema import Ramp, Schema
+from megapoly.errors import ConfigError
+
+
+def check(config: Schema) -> None:
+    """Refuse values that do not fit together.
+
+    Raises:
+        ConfigError: the first that does not.
+    """
+    for each in (_check_model, _check_layout, _check_data, _check_schedule, check_batch, _check_stability):
+        each(config)
+
+
+def _check_model(config: Schema) -> None:
+    model, layout = config.model, config.layout
+    if model.hidden % model.heads:
+        raise ConfigError(
+            f"model.hidden {model.hidden} does not divide by model.heads {model.heads};"
+            f" choose heads from {_divisors(model.hidden)}"
+        )
+    if model.heads % model.groups:
+        raise ConfigError(
+            f"model.heads {model.heads} does not divide by model.key_value_heads {model.groups};"
+            f" choose key_value_heads from {_divisors(model.heads)}"
+        )
+    if model.groups % layout.tp:
+        what = "model.key_value_heads" if model.key_value_heads else "model.heads"
+        raise ConfigError(
+            f"{what} {model.groups} does not divide by layout.tp {layout.tp}; choose layout.tp from"
+            f" {_divisors(model.groups)}, or a number of heads that is a multiple of {layout.tp}"
+        )
+    if model.ffn % layout.tp:
+        raise ConfigError(
+            f"model.ffn {model.ffn} does not divide by layout.tp {layout.tp}; the nearest that does is"
+            f" {max(1, round(model.ffn / layout.tp)) * layout.tp}"
+        )
+    if config.train.sequence > model.positions:
+        raise ConfigError(
+            f"train.sequence {config.train.sequence} is longer than the position table, model.positions"
+            f" {model.positions}; raise model.positions or shorten train.sequence"
+        )
+
+
+def _check_layout(config: Schema) -> None:
+    model, layout = config.model, config.layout
+    name, stages = layout.schedule, layout.stages
+    if layout.virtual_stages is not None and layout.virtual_stages != layout.stages_per_rank:
+        raise ConfigError(
+            f"layout.virtual_stages {layout.virtual_stages}: schedule {name!r} has {layout.stages_per_rank} a rank;"
+            " leave it out, or set layout.schedule to 'interleaved'"
+        )
+    if name == "interleaved" and layout.stages_per_rank == 1:
+        raise ConfigError("layout.virtual_stages 1 makes 'interleaved' the same as '1f1b'; set it to 2, or take '1f1b'")
+    if layout.pp == 1 and name in ("interleaved", "zero-bubble", "zero-bubble-v"):
+        raise ConfigError(
+            f"layout.schedule {name!r} fills the bubbles of a pipeline, and layout.pp is 1; set layout.schedule to"
+            " '1f1b', or layout.pp to 2 or more"
+        )
+    if stages > model.layers:
+        most = model.layers // layout.stages_per_rank
+        raise ConfigError(
+            f"layout.pp {layout.pp} x {layout.stages_per_rank} stages a rank is more than model.layers {model.layers}:"
+            " a stage would have no layer; "
+            + (f"set layout.pp to {most}" if most > 1 or name in ("gpipe", "1f1b") else "take schedule '1f1b'")
+        )
+    given = layout.stage_layers
+    if given is not None:
+        if len(given) != stages or sum(given) != model.layers:
+            raise ConfigError(
+                f"layout.stage_layers {list(given)}: {len(given)} stages with {sum(given)} layers, but the layout has"
+                f" {stages} stages and the model {model.layers} layers; give {stages} numbers that add up to"
+                f" {model.layers}, or leave it out to have them balanced"
+            )
+        if 0 in given[1:-1]:
+            raise ConfigError(
+                f"layout.stage_layers {list(given)}: only the first and the last stage, which hold the embedding and"
+                " the output, may have no layer"
+            )
+    if layout.recompute_every > 1 and layout.recompute != "full":
+        raise ConfigError(
+            f"layout.recompute_every {layout.recompute_every} counts whole layers; set layout.recompute to 'full', or"
+            " leave it out"
+        )
+    if config.train.sequence % layout.sequence_shards:
+        below = config.train.sequence // layout.tp * layout.tp
+        raise ConfigError(
+            f"train.sequence {config.train.sequence} does not divide by layout.tp {layout.tp}, as sequence parallelism"
+            f" needs; set train.sequence to {below or layout.tp}, or layout.sequence_parallel to false"
+        )
+
+
+def _check_data(config: Schema) -> None:
+    data = config.data
+    names = [stage.name for stage in data.stages]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data.stages: two stages have one name among {names}; give each its own")
+    for i, stage in enumerate(data.stages):
+        where = f"data.stages.{i} ({stage.name})"
+        for name in stage.weights:
+            if name not in data.sources:
+                near = difflib.get_close_matches(name, data.sources, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"sources: {', '.join(sorted(data.sources))}"
+                raise ConfigError(f"{where}: weight of an unknown source {name!r}; {hint}")
+        total = math.fsum(stage.weights.values())
+        if abs(total - 1) > 1e-6:
+            hint = f"divide each by {total:.9g}" if total else "give a source a weight"
+            raise ConfigError(f"{where}: the weights sum to {total:.9g}, not 1; {hint}")
+        if stage.tokens % config.step_tokens:
+            below = stage.tokens // config.step_tokens * config.step_tokens
+            nearest = [str(tokens) for tokens in (below, below + config.step_tokens) if tokens]
+            raise ConfigError(
+                f"{where}: {stage.tokens} tokens are not a whole number of global batches of"
+                f" {config.train.global_batch} x {config.train.sequence} = {config.step_tokens} tokens; set it to"
+                f" {' or '.join(nearest)}"
+            )
+
+
+def _check_schedule(config: Schema) -> None:
+    optimizer, total = config.optimizer, config.total_tokens
+    if optimizer.warmup_tokens >= total:
+        raise ConfigError(
+            f"optimizer.warmup_tokens {optimizer.warmup_tokens} is not less than the run's {total} tokens;"
+            f" shorten it, for example to {total // 100}"
+        )
+    if optimizer.warmup_start > optimizer.learning_rate:
+        raise ConfigError(
+            f"optimizer.warmup_start {optimizer.warmup_start} is above optimizer.learning_rate"
+            f" {optimizer.learning_rate}; lower it, or leave it out for 0"
+        )
+    if optimizer.decay_tokens is None:
+        return
+    if optimizer.shape == "constant":
+        raise ConfigError("optimizer.decay_tokens is set, but optimizer.shape 'constant' has no decay; remove one")
+    if optimizer.shape == "wsd" and optimizer.warmup_tokens + optimizer.decay_tokens > total:
+        raise ConfigError(
+            f"optimizer: warmup_tokens {optimizer.warmup_tokens} and the final decay_tokens {optimizer.decay_tokens}"
+            f" together exceed the run's {total} tokens"
+        )
+    if optimizer.shape == "cosine" and optimizer.decay_tokens <= optimizer.warmup_tokens:
+        raise ConfigError(
+            f"optimizer.decay_tokens {optimizer.decay_tokens} is the end of the decay and has to be after"
+            f" warmup_tokens {optimizer.warmup_tokens}"
+        )
+
+
+def check_batch(config: Schema) -> None:
+    layout, train = config.layout, config.train
+    dp, rounds = layout.dp or 1, layout.pp if layout.schedule == "interleaved" else 1
+    unit = layout.micro_batch * dp * rounds
+    product = f"layout.micro_batch {layout.micro_batch} x dp {dp}"
+    if rounds > 1:
+        product += f" x pp {rounds} (the interleaved schedule goes round in groups of pp micro-batches)"
+    if train.global_batch % unit:
+        nearest = max(1, round(train.global_batch / unit)) * unit
+        raise ConfigError(
+            f"train.global_batch {train.global_batch} does not divide by {product} = {unit}; change the number of"
+            " ranks, layout.micro_batch, or, which changes the run itself, train.global_batch (the nearest that fits"
+            f" is {nearest})"
+        )
+    if train.batch_ramp is None:
+        return
+    _check_ramp(config, train.batch_ramp)
+    for size in config.batches.sizes:
+        if size % unit:
+            raise ConfigError(
+                f"train.batch_ramp has global batches of {size} samples, which does not divide by {product} = {unit};"
+                f" {_nearest_ramp(train.batch_ramp, train.global_batch, unit)}"
+            )
+
+
+def _check_ramp(config: Schema, ramp: Ramp) -> None:
+    batch = config.train.global_batch
+    if ramp.start >= batch:
+        raise ConfigError(
+            f"train.batch_ramp.start {ramp.start} is not below train.global_batch {batch}; lower it, or leave"
+            " train.batch_ramp out"
+        )
+    if (batch - ramp.start) % ramp.increment:
+        raise ConfigError(
+            f"train.batch_ramp: no whole number of increments of {ramp.increment} leads from {ramp.start} to"
+            f" train.global_batch {batch}; choose increment from {_divisors(batch - ramp.start)}"
+        )
+    least = sum(range(ramp.start, batch, ramp.increment)) * config.train.sequence
+    if ramp.tokens < least:
+        raise ConfigError(
+            f"train.batch_ramp.tokens {ramp.tokens} is less than one step of every size takes; set it to {least} or"
+            " more, or raise the increment"
+        )
+    length = config.batches.ramp_samples * config.train.sequence
+    if length >= config.total_tokens:
+        raise ConfigError(
+            f"train.batch_ramp takes {length} tokens (in whole steps of every size, up to a whole number of global"
+            f" batches), and the run has {config.total_tokens}; shorten train.batch_ramp.tokens, or choose start and"
+            " increment with a larger common divisor"
+        )
+
+
+def _check_stability(config: Schema) -> None:
+    stability, checkpoint = config.stability, config.checkpoint
+    reach = (checkpoint.keep - 1) * checkpoint.every_steps
+    if stability.spike is not None and reach < stability.spike_steps - 1:
+        raise ConfigError(
+            f"stability.spike_steps {stability.spike_steps} is more than the {checkpoint.keep} checkpoints that are"
+            f" kept, {checkpoint.every_steps} steps apart, reach back: none could be from before a spike; raise"
+            f" checkpoint.keep to {2 + (stability.spike_steps - 2) // checkpoint.every_steps}, or"
+            " checkpoint.every_steps"
+        )
+
+
+def _nearest_ramp(ramp: Ramp, batch: int, unit: int) -> str:
+    if unit == batch:
+        return (
+            "train.global_batch is the least that does; lower layout.micro_batch, use fewer ranks, or leave"
+            " train.batch_ramp out"
+        )
+    start = _nearest(range(unit, batch, unit), ramp.start)
+    increment = _nearest([n for n in _divisors(batch - start) if n % unit == 0], ramp.increment)
+    return f"the nearest values that fit are start {start} and increment {increment}"
+
+
+def _nearest(values: Sequence[int], wanted: int) -> int:
+    return min(values, key=lambda value: abs(value - wanted))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,235 @@
+"""The sections and keys of a run's config, with their defaults, and the numbers that follow from them."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from megapoly.errors import ConfigError
+from megapoly.mesh import Mesh
+from megapoly.ramp import Batches, build_batches
+
+Share = typing.Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = typing.Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = typing.Annotated[int, Field(ge=0)]
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(_Section):
+    """A decoder of the PolyLM / GPT-2 family: learned positions, pre-LayerNorm, tanh GELU, biases, tied embeddings."""
+
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+    ffn: PositiveInt
+    vocabulary: PositiveInt
+    positions: PositiveInt = Field(description="rows of the learned position table; the longest sequence")
+    key_value_heads: PositiveInt | None = Field(None, description="grouped queries; as many as heads where not given")
+    norm_epsilon: PositiveFloat = 1e-5
+    init_std: PositiveFloat = 0.02
+    fp32_residual: bool = Field(True, description="keep the residual stream in fp32 under a lower precision")
+    fp32_softmax: bool = Field(True, description="softmax of the attention in fp32 under a lower precision")
+    dropout: Rate = Field(0.0, description="of the embeddings and of what the blocks add to the residual stream")
+    attention_dropout: Rate = Field(0.0, description="of attention probabilities; takes the slower attention")
+
+    @property
+    def groups(self) -> int:
+        return self.key_value_heads or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+class Layout(_Section):
+    """How the ranks share the model and the batch."""
+
+    dp: PositiveInt | None = Field(None, description="data-parallel ranks; where not given, all that pp x tp leaves")
+    pp: PositiveInt = 1
+    tp: PositiveInt = 1
+    micro_batch: PositiveInt = Field(1, description="samples of one forward pass of one rank")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU for each rank where there are any")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"] = "1f1b"
+    virtual_stages: PositiveInt | None = Field(
+        None, description="stages of a rank under interleaved (2 where not given); zero-bubble-v has 2, the others 1"
+    )
+    stage_layers: tuple[Count, ...] | None = Field(
+        None, description="layers of every stage, first to last; balanced by cost where not given"
+    )
+    sequence_parallel: bool = Field(True, description="where tp > 1: norms, dropout and residual on slices of a sample")
+    shard_optimizer: bool = Field(
+        True, description="each dp rank keeps and updates its share of the optimizer (ZeRO-1)"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what the backward pass computes again and does not keep: selective is the attention between qkv"
+        " and output and the activation of the feed-forward, full is whole layers",
+    )
+    recompute_every: PositiveInt = Field(1, description="under full: every so many layers, the first of each group")
+    bucket_mb: PositiveFloat = Field(32.0, description="size of a gradient bucket, in MB")
+    timeout_seconds: PositiveFloat = Field(600.0, description="a collective that takes longer ends the run")
+
+    @property
+    def stages_per_rank(self) -> int:
+        if self.schedule == "interleaved":
+            return self.virtual_stages or 2
+        return 2 if self.schedule == "zero-bubble-v" else 1
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages in all, virtual ones too."""
+        return self.pp * self.stages_per_rank
+
+    @property
+    def sequence_shards(self) -> int:
+        """Slices of the sequence that norms, dropout and the residual stream work on."""
+        return self.tp if self.sequence_parallel else 1
+
+
+class Source(_Section):
+    """One indexed dataset: ``path`` + ``.bin``/``.idx`` and, where megapoly wrote it, ``.json``."""
+
+    path: Path
+    language: str
+
+
+class Stage(_Section):
+    """A part of the curriculum: so many tokens drawn by these weights."""
+
+    name: str
+    tokens: PositiveInt
+    weights: dict[str, Share] = Field(min_length=1)
+
+
+class Data(_Section):
+    tokenizer: Path
+    sources: dict[str, Source] = Field(min_length=1)
+    stages: list[Stage] = Field(min_length=1)
+    separate_documents: bool = Field(False, description="no attention across documents; positions restart")
+
+
+class Ramp(_Section):
+    """Global batches grow by ``increment`` samples from ``start`` to train.global_batch, over ``tokens`` tokens."""
+
+    start: PositiveInt
+    increment: PositiveInt
+    tokens: PositiveInt
+
+
+class Train(_Section):
+    directory: Path
+    sequence: PositiveInt
+    global_batch: PositiveInt = Field(description="samples of one optimizer step, over all ranks")
+    seed: Count = 1234
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="bf16 and fp16 keep fp32 master weights and gradients; fp16 scales the loss dynamically"
+    )
+    batch_ramp: Ramp | None = Field(None, description="smaller global batches at the beginning")
+
+
+class Optimizer(_Section):
+    """AdamW. Rates are functions of the trained tokens."""
+
+    learning_rate: PositiveFloat
+    minimum: Share = Field(0.1, description="the final rate, as a share of learning_rate")
+    shape: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_tokens: Count = 0
+    warmup_start: float = Field(0.0, ge=0.0, description="rate of the first step of the warm-up")
+    decay_tokens: PositiveInt | None = Field(
+        None, description="cosine: end of the decay (default: the run's); wsd: length of the final decay (a tenth)"
+    )
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.1, ge=0.0)
+    clip: PositiveFloat = Field(1.0, description="largest global gradient norm")
+
+
+class Stability(_Section):
+    """What is done about non-finite values and loss spikes."""
+
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite never reaches the weights: the run stops, or goes on"
+    )
+    most_skips: PositiveInt = Field(10, description="steps skipped in a row that end the run all the same")
+    spike: PositiveFloat | None = Field(
+        None,
+        description="nats above the median of the last losses that make a step high; not given: no detector. A spike"
+        " before the first checkpoint ends the run",
+    )
+    spike_window: PositiveInt = Field(100, description="steps of that median")
+    spike_steps: PositiveInt = Field(3, description="high steps in a row that make a spike: the run rolls back")
+    spike_skip_tokens: Count = Field(0, description="skipped after a spike, beside what led up to it")
+    most_rollbacks: PositiveInt = Field(3, description="rollbacks that a run may make in all")
+
+
+class Checkpoint(_Section):
+    every_steps: PositiveInt = 500
+    keep: PositiveInt = Field(2, description="whole checkpoints kept; older ones are removed")
+
+
+class Validation(_Section):
+    every_steps: PositiveInt | None = Field(None, description="beside before, between and after the stages")
+    windows: Count = Field(16, description="windows of each source's held-out documents; 0 switches validation off")
+
+
+class Log(_Section):
+    every_steps: PositiveInt = 1
+    tensorboard: bool = True
+    stragglers_every: PositiveInt = Field(100, description="steps of one report of the slowest rank and stage")
+    hang_seconds: PositiveFloat = Field(120.0, description="without progress before every rank says where it stands")
+    peak_tflops: PositiveFloat | None = Field(None, description="of one rank's device, for MFU; known for common GPUs")
+
+
+class Schema(_Section):
+    """All sections."""
+
+    model: Model
+    layout: Layout = Layout()
+    data: Data
+    train: Train
+    optimizer: Optimizer
+    stability: Stability = Stability()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    log: Log = Log()
+
+    @property
+    def mesh(self) -> Mesh:
+        if self.layout.dp is None:
+            raise ConfigError("layout.dp is not settled yet: call config.on(world_size) first")
+        return Mesh(dp=self.layout.dp, pp=self.layout.pp, tp=self.layout.tp)
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches of one rank in one step of a whole global batch; a ramp begins with fewer."""
+        return self.train.global_batch // (self.layout.micro_batch * self.mesh.dp)
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(stage.tokens for stage in self.data.stages)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step of a whole global batch; a ramp begins with fewer."""
+        return self.train.global_batch * self.train.sequence
+
+    @property
+    def batches(self) -> Batches:
+        """The size of every global batch of the run."""
+        train, ramp = self.train, self.train.batch_ramp
+        samples = self.total_tokens // train.sequence
+        if ramp is None:
+            return build_batches(samples, train.global_batch)
+        return build_batches(samples, train.global_batch, ramp.start, ramp.increment, -(-ramp.tokens // train.sequence))
+
+    @property
+    def total_steps(self) -> int:
+        return self.batches.total_steps
