@@ -107,7 +107,7 @@ class ParallelContext:
             tp=axis("tp", mesh.groups(("tp",))),
             model=axis("model", mesh.groups(("pp", "tp"))),
             tied=axis("tied", [(ranks[0], ranks[-1]) for ranks in pipelines] if mesh.pp > 1 else []),
-            backward=axis("backward", pipelines),
+            backward=axis("pp (gradients)", pipelines),
             control=axis("control", [tuple(range(mesh.world_size))], backend="gloo" if mesh.world_size > 1 else None),
         )
 

@@ -77,17 +77,3 @@ class Mesh:
 
     def __str__(self) -> str:
         return f"dp {self.dp} x pp {self.pp} x tp {self.tp}"
-
-
-def spread(items: int, parts: int) -> list[tuple[int, int]]:
-    """Split ``range(items)`` into ``parts`` contiguous ranges whose lengths differ by at most one.
-
-    The longer ranges stand in the middle: the first and last pipeline stages also carry the embedding and the output.
-    """
-    base, extra = divmod(items, parts)
-    lengths = [base] * parts
-    middle_first = sorted(range(parts), key=lambda part: (abs(2 * part - (parts - 1)), part))
-    for part in middle_first[:extra]:
-        lengths[part] += 1
-    starts = [0, *itertools.accumulate(lengths)]
-    return list(itertools.pairwise(starts))

@@ -1,4 +1,4 @@
-"""Initial values as a function of (seed, logical name, index): the same numbers under every layout."""
+"""Initial values and dropout masks from counters: the same numbers under every layout."""
 
 from __future__ import annotations
 
@@ -48,3 +48,15 @@ def fill(parameter: Tensor, spec: ParamSpec, seed: int) -> None:
             flat = ((rows + box.start[0]) * strides[0]).unsqueeze(-1) + index.reshape(1, -1)
             values = philox.normal(flat.reshape(-1), name_key) * spec.std + spec.mean
             target[begin : begin + len(rows)] = values.reshape(len(rows), *box.shape[1:]).to(parameter.dtype)
+
+
+def keep(key: int, rate: float, samples: Tensor, rows: Tensor, channels: int) -> Tensor:
+    """A mask that is False with probability ``rate``: [*broadcast(samples, rows), channels], bool.
+
+    Every element is a function of (key, sample, row, channel) alone. ``samples`` and ``rows`` are int64.
+    """
+    blocks = -(-channels // 4)
+    index = rows.unsqueeze(-1) * blocks + torch.arange(blocks, device=rows.device)
+    index, streams = torch.broadcast_tensors(index, samples.to(rows.device).unsqueeze(-1))
+    words = philox.words(index, key, streams).flatten(-2)
+    return words[..., :channels] >= round(rate * 2**32)

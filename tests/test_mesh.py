@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapoly.mesh import AXES, Mesh, spread
+from megapoly.mesh import AXES, Mesh
 
 sizes = st.integers(1, 4)
 meshes = st.builds(Mesh, dp=sizes, pp=sizes, tp=sizes)
@@ -65,22 +65,3 @@ def test_what_is_outside_is_refused():
         mesh.rank(cp=0)
     with pytest.raises(ValueError, match=r"unknown mesh axes: \['cp'\]"):
         mesh.group(("dp", "cp"), 0)
-
-
-@given(st.integers(0, 100), st.integers(1, 12))
-def test_spread_tiles_evenly_with_the_longer_in_the_middle(items, parts):
-    ranges = spread(items, parts)
-    assert [i for a, b in ranges for i in range(a, b)] == list(range(items))
-    lengths = [b - a for a, b in ranges]
-    assert sorted(lengths) == sorted(len(part) for part in np.array_split(range(items), parts))
-    distance = [abs(part - (parts - 1) / 2) for part in range(parts)]
-    longer = [d for d, n in zip(distance, lengths, strict=True) if n > items // parts]
-    shorter = [d for d, n in zip(distance, lengths, strict=True) if n == items // parts]
-    assert max(longer, default=0) <= min(shorter)
-
-
-def test_spread_of_layers_over_stages():
-    assert spread(24, 4) == [(0, 6), (6, 12), (12, 18), (18, 24)]
-    assert spread(10, 4) == [(0, 2), (2, 5), (5, 8), (8, 10)]
-    assert spread(40, 3) == [(0, 13), (13, 27), (27, 40)]
-    assert spread(2, 3) == [(0, 1), (1, 2), (2, 2)]

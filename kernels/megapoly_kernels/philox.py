@@ -35,11 +35,14 @@ def philox_reference(words: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> 
     return c0, c1, c2, c3
 
 
-def words(index: Tensor, key: int, stream: int = 0) -> Tensor:
-    """Four 32-bit words for every counter in ``index`` (int64) of ``stream`` (64 bits): shape ``[*index.shape, 4]``."""
-    low, high = index & _MASK, (index >> 32) & _MASK
-    streams = (torch.full_like(index, stream & _MASK), torch.full_like(index, (stream >> 32) & _MASK))
-    return torch.stack(philox_reference((low, high, *streams), key), dim=-1)
+def words(index: Tensor, key: int, stream: int | Tensor = 0) -> Tensor:
+    """Four 32-bit words for every counter in ``index`` (int64) of ``stream`` (64 bits): shape ``[*index.shape, 4]``.
+
+    ``stream`` may be int64 of the same shape: one for each counter.
+    """
+    streams = stream if isinstance(stream, Tensor) else torch.full_like(index, stream)
+    counters = (index & _MASK, (index >> 32) & _MASK, streams & _MASK, (streams >> 32) & _MASK)
+    return torch.stack(philox_reference(counters, key), dim=-1)
 
 
 def normal(index: Tensor, key: int, stream: int = 0) -> Tensor:
