@@ -10,17 +10,50 @@ import torch
 from torch import Tensor, nn
 
 from megapoly.context import ALONE, Axis
-from megapoly.spec import ParamSpec
+from megapoly.spec import Index, ParamSpec, shard
 
 
 class GradSink(Protocol):
-    """Takes weight gradients in place of ``parameter.grad``."""
+    """Takes weight gradients in place of ``parameter.grad``.
+
+    Attributes:
+        defers: whether ``accumulate`` is called after the backward pass that handed it over, not in it.
+    """
+
+    defers: bool
 
     def add(self, parameter: Tensor, accumulate: Callable[[Tensor], object]) -> None:
         """Call ``accumulate(buffer)``, now or later; it adds the gradient to ``buffer``, of the parameter's shape.
 
         The buffer's dtype is promote(parameter dtype, fp32).
         """
+
+    def before_forward(self, module: nn.Module) -> None:
+        """Wait until the parameters of ``module`` are whole: a sharded optimizer gathers them meanwhile."""
+
+
+class Deferred:
+    """A sink that puts off every gradient to :meth:`flush`: the weight part of a split backward pass."""
+
+    defers = True
+
+    def __init__(self, sink: GradSink) -> None:
+        self._sink = sink
+        self._later: list[tuple[Tensor, Callable[[Tensor], object]]] = []
+
+    def add(self, parameter: Tensor, accumulate: Callable[[Tensor], object]) -> None:
+        self._later.append((parameter, accumulate))
+
+    def before_forward(self, module: nn.Module) -> None:
+        self._sink.before_forward(module)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Hand on what came, in its order, and let go of what each gradient needed."""
+        later, self._later = self._later, []
+        later.reverse()
+        while later:
+            self._sink.add(*later.pop())
 
 
 @dataclass(frozen=True)
@@ -30,25 +63,44 @@ class Call:
     Attributes:
         positions_SB: position of every token, in its document or in the window; int64.
         mask_BSS: True where a query (second dimension) sees a key; None is the causal mask.
+        documents_BS: document of each token in its window, where attention keeps to documents: a stage makes the mask
+            of them, which then is not there before its time.
         tokens_SB: on the first stage.
         labels_SB: on the last stage, -1 where a token is not counted; None asks for logits.
+        samples_B: sample numbers, on which dropout depends; None switches dropout off.
+        sequence_parallel: whether activations outside of attention and feed-forward are slices of the sequence.
         sink: where weight gradients go; None leaves them to autograd.
     """
 
     positions_SB: Tensor
     mask_BSS: Tensor | None = None
+    documents_BS: Tensor | None = None
     tokens_SB: Tensor | None = None
     labels_SB: Tensor | None = None
+    samples_B: Tensor | None = None
+    sequence_parallel: bool = False
     sink: GradSink | None = None
+
+    def slice(self, x_S: Tensor, tp: Axis) -> Tensor:
+        """This rank's part of a tensor whose first dimension is the sequence."""
+        return x_S.chunk(tp.size)[tp.rank] if self.sequence_parallel else x_S
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer's parameters live."""
+    """Where a layer's parameters live.
+
+    Attributes:
+        sequence_parallel: whether parameters that every tensor-parallel rank holds whole see a slice of the sequence
+            only, so that their gradients are partial over tp.
+        seed: of dropout.
+    """
 
     tp: Axis = ALONE
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    sequence_parallel: bool = False
+    seed: int = 0
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,6 +113,14 @@ def parameter(spec: ParamSpec, place: Place) -> nn.Parameter:
     result = nn.Parameter(torch.empty(spec.local_shape, dtype=place.dtype, device=place.device))
     result.spec = spec  # type: ignore[attr-defined]
     return result
+
+
+def whole_spec(name: str, shape: Index, place: Place, *, decay: bool, mean: float = 0.0, std: float = 0.0) -> ParamSpec:
+    """Spec of a parameter that every tensor-parallel rank holds whole; the first of them owns it."""
+    box, local = shard(shape, 0, 0, 1)
+    partial = ("tp",) if place.sequence_parallel and place.tp.size > 1 else ()
+    owner = place.tp.rank == 0
+    return ParamSpec(name, shape, box, local, partial=partial, owner=owner, decay=decay, mean=mean, std=std)
 
 
 def spec_of(tensor: Tensor) -> ParamSpec:

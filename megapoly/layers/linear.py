@@ -1,7 +1,11 @@
-"""Tensor-parallel linear layers (Shoeybi et al., arXiv 1909.08053).
+"""Tensor-parallel linear layers (Shoeybi et al., arXiv 1909.08053) with sequence parallelism (arXiv 2205.05198).
 
 A column-parallel layer holds a slice of the outputs and a row-parallel one a slice of the inputs. In a pair of them the
-activation between the two is never whole: one sum over tp ends the pair forward, one begins it backward.
+activation between the two is never whole: one sum over tp ends the pair forward, one begins it backward. Under sequence
+parallelism what is outside of the pair is a slice of the sequence: the pair begins with an all-gather and ends with a
+reduce-scatter, which together carry what the sum did.
+
+Shapes: S sequence, s the slice of it outside of a pair (S where there is no sequence parallelism), B micro-batch.
 """
 
 from __future__ import annotations
@@ -12,63 +16,96 @@ import torch
 from torch import Tensor, nn
 
 from megapoly import comm
-from megapoly.context import ALONE, Axis
-from megapoly.layers.call import GradSink, Place, hand_over, parameter
+from megapoly.context import Axis
+from megapoly.layers.call import Call, GradSink, Place, hand_over, parameter, whole_spec
+from megapoly.layers.product import add_product, product
 from megapoly.spec import Index, ParamSpec, shard
 
 
-class _Linear(torch.autograd.Function):
-    """``y = x W^T + b`` with W ``[..., inputs]`` seen as a matrix; sums over an axis forward and another backward."""
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.reshape(-1, weight.shape[-1])
 
+
+class _Column(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, forward: Axis, backward: Axis, sink: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, split: bool, sink: GradSink | None
     ) -> Tensor:
-        ctx.axis, ctx.sink, ctx.weight, ctx.bias = backward, sink, weight, bias
+        ctx.tp, ctx.split, ctx.sink, ctx.weight, ctx.bias = tp, split, sink, weight, bias
         ctx.save_for_backward(x)
-        matrix = weight.reshape(-1, weight.shape[-1])
-        flat_bias = None if bias is None else bias.reshape(-1)
-        if forward.size == 1:
-            return torch.nn.functional.linear(x, matrix, flat_bias)
-        y = comm.all_reduce(x @ matrix.t(), forward)
-        return y if flat_bias is None else y.add_(flat_bias)
+        whole = comm.all_gather(x, tp) if split else x
+        return product(whole, _matrix(weight), None if bias is None else bias.reshape(-1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        weight, bias = ctx.weight, ctx.bias
-        outputs, inputs = weight.numel() // weight.shape[-1], weight.shape[-1]
-        dy = grads[0].reshape(-1, outputs)
-        pending = None
+        weight, bias, tp, sink = ctx.weight, ctx.bias, ctx.tp, ctx.sink
+        matrix = _matrix(weight)
+        dy = grads[0].reshape(-1, matrix.shape[0])
+        # The gather travels behind the first product, the sum behind the second. A gradient that is put off gathers
+        # when its time comes: the whole input would else be kept until then.
+        gathered = comm.all_gather_async(x, tp) if ctx.split and not (sink and sink.defers) else None
+        reduce = comm.reduce_scatter_async if ctx.split else comm.all_reduce_async
+        pending = (
+            reduce(product(dy, matrix.t()).view(*grads[0].shape[:-1], -1), tp) if ctx.needs_input_grad[0] else None
+        )
+
+        def add_weight(out: Tensor) -> None:
+            whole = x if not ctx.split else (gathered or comm.all_gather_async(x, tp)).wait()
+            add_product(_matrix(out), dy, whole.reshape(-1, matrix.shape[1]))
+
+        d_weight = hand_over(sink, weight, add_weight)
+        d_bias = hand_over(sink, bias, lambda out: out.view(-1).add_(dy.sum(0, dtype=out.dtype)))
+        return pending.wait() if pending else None, d_weight, d_bias, None, None, None
+
+
+class _Row(torch.autograd.Function):
+    """With ``activation`` the input is that of a tanh GELU, which the backward pass computes again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        tp: Axis,
+        split: bool,
+        activation: bool,
+        sink: GradSink | None,
+    ) -> Tensor:
+        ctx.tp, ctx.split, ctx.activation, ctx.sink, ctx.weight, ctx.bias = tp, split, activation, sink, weight, bias
+        ctx.save_for_backward(x)
+        if activation:
+            x = torch.nn.functional.gelu(x, approximate="tanh")
+        if tp.size == 1:
+            return product(x, weight, bias)
+        y = product(x, weight)
+        return (comm.reduce_scatter(y, tp) if split else comm.all_reduce(y, tp)).add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        weight, sink, slice_dy = ctx.weight, ctx.sink, grads[0]
+        gathered = comm.all_gather_async(slice_dy, ctx.tp) if ctx.split else None
+        d_bias = hand_over(
+            sink, ctx.bias, lambda out: out.add_(slice_dy.reshape(-1, out.numel()).sum(0, dtype=out.dtype))
+        )
+        before = x
+        if ctx.activation:
+            x = torch.nn.functional.gelu(x, approximate="tanh")
+        dy = (gathered.wait() if gathered else slice_dy).reshape(-1, weight.shape[0])
+        d_input = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight.reshape(outputs, inputs)
-            pending = comm.all_reduce_async(dx, ctx.axis)
-        x_flat = x.reshape(-1, inputs)
-
-        d_weight = hand_over(ctx.sink, weight, lambda out: _add_product(out.view(outputs, inputs), dy.t(), x_flat))
-        d_bias = hand_over(ctx.sink, bias, lambda out: out.view(-1).add_(dy.sum(0, dtype=out.dtype)))
-        d_input = pending.wait().view(x.shape) if pending else None
-        return d_input, d_weight, d_bias, None, None, None
+            d_input = product(dy, weight.t()).view(x.shape)
+            if ctx.activation:
+                d_input = torch.ops.aten.gelu_backward(d_input, before, approximate="tanh")
+        d_weight = hand_over(sink, weight, lambda out: add_product(out, dy, x.reshape(-1, weight.shape[1])))
+        return d_input, d_weight, d_bias, None, None, None, None
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b`` without rounding the product to a dtype narrower than that of ``out``."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    elif out.is_cuda:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
-
-
-def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sink: GradSink | None) -> Tensor:
-    """``x`` [S, B, inputs] whole -> [S, B, outputs of this rank]. The gradient of ``x`` is summed over ``tp``."""
-    return _Linear.apply(x, weight, bias, ALONE, tp, sink)
-
-
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sink: GradSink | None) -> Tensor:
-    """``x`` [S, B, inputs of this rank] -> [S, B, outputs] whole, summed over ``tp``; the bias is added once."""
-    return _Linear.apply(x, weight, bias, tp, ALONE, sink)
+def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, call: Call) -> Tensor:
+    """``x`` [s, B, inputs] -> [S, B, outputs of this rank]. The gradient of ``x`` is summed over ``tp``."""
+    return _Column.apply(x, weight, bias, tp, call.sequence_parallel, call.sink)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -87,8 +124,8 @@ class ColumnParallelLinear(nn.Module):
         self.weight = parameter(ParamSpec(f"{name}.weight", shape, weight_box, weight_local, std=std), place)
         self.bias = parameter(ParamSpec(f"{name}.bias", outputs, bias_box, bias_local, decay=False), place)
 
-    def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
-        return column_linear(x, self.weight, self.bias, self.tp, sink)
+    def forward(self, x_sBH: Tensor, call: Call) -> Tensor:
+        return column_linear(x_sBH, self.weight, self.bias, self.tp, call)
 
 
 class RowParallelLinear(nn.Module):
@@ -103,13 +140,11 @@ class RowParallelLinear(nn.Module):
         self.tp = place.tp
         box, local = shard((outputs, inputs), 1, place.tp.rank, place.tp.size)
         self.weight = parameter(ParamSpec(f"{name}.weight", (outputs, inputs), box, local, std=std), place)
-        self.bias = parameter(whole_spec(f"{name}.bias", (outputs,), place.tp, decay=False), place)
+        self.bias = parameter(whole_spec(f"{name}.bias", (outputs,), place, decay=False), place)
 
-    def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
-        return row_linear(x, self.weight, self.bias, self.tp, sink)
+    def forward(self, x_SBI: Tensor, call: Call, *, activation: bool = False) -> Tensor:
+        """``[S, B, inputs of this rank]`` -> ``[s, B, outputs]``, summed over tp; the bias is added once.
 
-
-def whole_spec(name: str, shape: Index, tp: Axis, *, decay: bool, mean: float = 0.0, std: float = 0.0) -> ParamSpec:
-    """Spec of a parameter that every tensor-parallel rank holds whole; the first of them owns it."""
-    shard_box, local = shard(shape, 0, 0, 1)
-    return ParamSpec(name, shape, shard_box, local, owner=tp.rank == 0, decay=decay, mean=mean, std=std)
+        With ``activation`` the input goes through a tanh GELU, which is computed again in the backward pass, not kept.
+        """
+        return _Row.apply(x_SBI, self.weight, self.bias, self.tp, call.sequence_parallel, activation, call.sink)

@@ -15,7 +15,7 @@ from megapoly.layers.call import accumulation_dtype
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, count: int, tp: Axis) -> Tensor:
-        wide = logits.to(accumulation_dtype(logits.dtype), copy=True)
+        wide = logits.detach().to(accumulation_dtype(logits.dtype))
         wide[..., count:] = -torch.inf  # padding of the vocabulary
         top = comm.all_reduce(wide.amax(-1), tp, "max")
         wide.sub_(top.unsqueeze(-1))
@@ -43,6 +43,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, start: int, count: int, tp: Ax
 
     Args:
         logits: ``[..., local vocabulary]``: this rank's entries ``start`` to ``start + count``, then padding.
+            Overwritten where they are of the wide dtype already: with a large vocabulary a copy is the step's largest
+            tensor, and nothing else needs them.
         labels: ``[...]`` int64 in the whole vocabulary; -1 is not counted and has loss 0.
     """
     return _CrossEntropy.apply(logits, labels, start, count, tp)

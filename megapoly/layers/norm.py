@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapoly.layers.call import GradSink, Place, accumulation_dtype, hand_over, parameter
-from megapoly.layers.linear import whole_spec
+from megapoly.layers.call import Call, Place, accumulation_dtype, hand_over, parameter, whole_spec
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -44,8 +43,8 @@ class LayerNorm(nn.Module):
     def __init__(self, name: str, hidden: int, *, epsilon: float, place: Place) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.weight = parameter(whole_spec(f"{name}.weight", (hidden,), place.tp, decay=False, mean=1.0), place)
-        self.bias = parameter(whole_spec(f"{name}.bias", (hidden,), place.tp, decay=False), place)
+        self.weight = parameter(whole_spec(f"{name}.weight", (hidden,), place, decay=False, mean=1.0), place)
+        self.bias = parameter(whole_spec(f"{name}.bias", (hidden,), place, decay=False), place)
 
-    def forward(self, x: Tensor, sink: GradSink | None = None) -> Tensor:
-        return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon, sink)
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon, call.sink)

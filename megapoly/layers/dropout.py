@@ -1,0 +1,59 @@
+"""Dropout as a function of (seed, sample, site, token, channel): the same under every layout, and when computed again.
+
+A *site* is the name of the place in the model. The counter of the element in ``channel`` of ``row`` is
+``row * ceil(channels / 4) + channel // 4`` in the stream of its sample; the word is number ``channel % 4`` of its four.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapoly import rng
+from megapoly.layers.call import Call, Place
+
+
+class _Masked(torch.autograd.Function):
+    """``x * keep / (1 - rate)``; keeps one byte an element for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, rate: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = 1.0 / (1.0 - rate)
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (keep,) = ctx.saved_tensors
+        return (grads[0] * keep).mul_(ctx.scale), None, None
+
+
+class Dropout:
+    """Dropout of ``rate`` at ``site``. Does nothing in a call without sample numbers."""
+
+    def __init__(self, site: str, rate: float, place: Place) -> None:
+        self.rate, self.tp = rate, place.tp
+        self.key = rng.key(place.seed, "dropout", site)
+
+    def hidden(self, x_sBH: Tensor, call: Call) -> Tensor:
+        """Of the residual stream, or of a slice of its sequence."""
+        if not self.rate or call.samples_B is None:
+            return x_sBH
+        tokens_S = torch.arange(call.positions_SB.shape[0], device=x_sBH.device)
+        tokens_s = call.slice(tokens_S, self.tp)
+        return self._drop(x_sBH, call.samples_B.unsqueeze(0), tokens_s.unsqueeze(1))
+
+    def probabilities(self, p_BASS: Tensor, call: Call) -> Tensor:
+        """Of the attention of this rank's A heads over S keys; a row is a head and a query."""
+        if not self.rate or call.samples_B is None:
+            return p_BASS
+        _, heads, queries, _ = p_BASS.shape
+        first = self.tp.rank * heads * queries
+        rows_AS = torch.arange(first, first + heads * queries, device=p_BASS.device).view(heads, queries)
+        return self._drop(p_BASS, call.samples_B.view(-1, 1, 1), rows_AS)
+
+    def _drop(self, x: Tensor, samples: Tensor, rows: Tensor) -> Tensor:
+        """``samples`` and ``rows`` broadcast to the shape of ``x`` without its last dimension."""
+        return _Masked.apply(x, rng.keep(self.key, self.rate, samples, rows, x.shape[-1]), self.rate)
