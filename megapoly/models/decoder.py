@@ -8,68 +8,91 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megapoly import rng
-from megapoly.config import Model
-from megapoly.layers.attention import Attention
+from megapoly.config import Layout, Model
+from megapoly.layers.attention import Attention, document_mask
 from megapoly.layers.call import Call, Place, accumulation_dtype, spec_of
+from megapoly.layers.dropout import Dropout
 from megapoly.layers.embedding import PositionEmbedding, VocabularyEmbedding
 from megapoly.layers.feedforward import FeedForward
 from megapoly.layers.linear import column_linear
 from megapoly.layers.loss import cross_entropy
 from megapoly.layers.norm import LayerNorm
-from megapoly.mesh import spread
 
 
 class DecoderLayer(nn.Module):
-    """``x + attention(norm(x))``, then ``x + feedforward(norm(x))``."""
+    """``x + dropout(attention(norm(x)))``, then ``x + dropout(feedforward(norm(x)))``."""
 
-    def __init__(self, index: int, model: Model, *, place: Place) -> None:
+    def __init__(self, index: int, model: Model, *, place: Place, selective: bool = False) -> None:
         super().__init__()
-        name = f"layers.{index}"
+        name, hidden, epsilon = f"layers.{index}", model.hidden, model.norm_epsilon
         output_std = model.init_std / math.sqrt(2 * model.layers)
-        self.attention_norm = LayerNorm(f"{name}.attention_norm", model.hidden, epsilon=model.norm_epsilon, place=place)
-        self.attention = Attention(f"{name}.attention", model, output_std=output_std, place=place)
-        self.feedforward_norm = LayerNorm(
-            f"{name}.feedforward_norm", model.hidden, epsilon=model.norm_epsilon, place=place
+        self.attention_norm = LayerNorm(f"{name}.attention_norm", hidden, epsilon=epsilon, place=place)
+        self.attention = Attention(f"{name}.attention", model, output_std=output_std, place=place, recompute=selective)
+        self.attention_dropout = Dropout(f"{name}.attention", model.dropout, place)
+        self.feedforward_norm = LayerNorm(f"{name}.feedforward_norm", hidden, epsilon=epsilon, place=place)
+        self.feedforward = FeedForward(
+            f"{name}.feedforward", model, output_std=output_std, place=place, recompute=selective
         )
-        self.feedforward = FeedForward(f"{name}.feedforward", model, output_std=output_std, place=place)
+        self.feedforward_dropout = Dropout(f"{name}.feedforward", model.dropout, place)
 
-    def forward(self, x_SBH: Tensor, call: Call) -> Tensor:
-        x_SBH = x_SBH + self.attention(self.attention_norm(x_SBH, call.sink), call)
-        return x_SBH + self.feedforward(self.feedforward_norm(x_SBH, call.sink), call.sink)
+    def forward(self, x_sBH: Tensor, call: Call) -> Tensor:
+        y_sBH = self.attention(self.attention_norm(x_sBH, call), call)
+        x_sBH = x_sBH + self.attention_dropout.hidden(y_sBH, call)
+        y_sBH = self.feedforward(self.feedforward_norm(x_sBH, call), call)
+        return x_sBH + self.feedforward_dropout.hidden(y_sBH, call)
 
 
 class DecoderStage(nn.Module):
-    """Stage ``stage`` of ``stages``: its layers, the embeddings on the first, the final norm and output on the last."""
+    """Some layers of the model; the embeddings where it is the first stage, final norm and output where the last.
+
+    Args:
+        layers: range of its layers; all of them where not given.
+        first, last: which ends of the model it holds.
+        embedding: the tied weight, where an earlier stage of this rank holds it already.
+        tied: which copy of the tied weight this is, where another rank holds the other.
+        layout: how layers are computed again in the backward pass.
+    """
 
     def __init__(
         self,
         model: Model,
         *,
-        stage: int = 0,
-        stages: int = 1,
+        layers: tuple[int, int] | None = None,
+        first: bool = True,
+        last: bool = True,
+        embedding: VocabularyEmbedding | None = None,
+        tied: str | None = None,
+        layout: Layout | None = None,
         place: Place = Place(),
     ) -> None:
         super().__init__()
-        self.first, self.last, self.tp = stage == 0, stage == stages - 1, place.tp
-        self.hidden = model.hidden
+        self.first, self.last, self.tp = first, last, place.tp
         self.residual_dtype = accumulation_dtype(place.dtype) if model.fp32_residual else place.dtype
-        self.embedding: VocabularyEmbedding | None = None
-        if self.first or self.last:
-            copy = None if stages == 1 else "first" if self.first else "last"
+        self.embedding = embedding
+        if (first or last) and embedding is None:
             self.embedding = VocabularyEmbedding(
-                "embedding", model.vocabulary, model.hidden, std=model.init_std, copy=copy, place=place
+                "embedding", model.vocabulary, model.hidden, std=model.init_std, copy=tied, place=place
             )
-        if self.first:
+        if first:
             self.positions = PositionEmbedding(
                 "positions", model.positions, model.hidden, std=model.init_std, place=place
             )
-        begin, end = spread(model.layers, stages)[stage]
-        self.layers = nn.ModuleDict({str(i): DecoderLayer(i, model, place=place) for i in range(begin, end)})
-        if self.last:
+            self.dropout = Dropout("embedding", model.dropout, place)
+        begin, end = layers or (0, model.layers)
+        recompute = "none" if layout is None else layout.recompute
+        self.layers = nn.ModuleDict(
+            {str(i): DecoderLayer(i, model, place=place, selective=recompute == "selective") for i in range(begin, end)}
+        )
+        every = layout.recompute_every if layout is not None and recompute == "full" else 0
+        self.recomputed = frozenset(str(i) for i in range(begin, end) if every and i % every == 0)
+        if last:
             self.final_norm = LayerNorm("final_norm", model.hidden, epsilon=model.norm_epsilon, place=place)
 
     def initialise(self, seed: int) -> None:
@@ -80,28 +103,47 @@ class DecoderStage(nn.Module):
     def contributions(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Every parameter, with the number of gradients that one backward pass hands over for it."""
         for parameter in self.parameters():
-            shared = self.embedding is not None and parameter is self.embedding.weight and self.first and self.last
-            yield parameter, 2 if shared else 1
+            tied = self.embedding is not None and parameter is self.embedding.weight
+            yield parameter, self.first + self.last if tied else 1
 
-    def forward(self, x_SBH: Tensor | None, call: Call) -> Tensor:
-        """Activations ``[S, B, H]``; on the last stage the token losses ``[S, B]``.
+    def forward(self, x_sBH: Tensor | None, call: Call) -> Tensor:
+        """Activations ``[s, B, H]``; on the last stage the token losses ``[S, B]``.
 
         Without labels the last stage returns the logits ``[S, B, vocabulary of this rank]`` of the vocabulary that is
         not padding.
         """
+        if call.documents_BS is not None:
+            call = replace(call, mask_BSS=document_mask(call.documents_BS))
         if self.first:
-            assert self.embedding is not None
-            assert call.tokens_SB is not None
-            x_SBH = self.embedding(call.tokens_SB, call.sink).to(self.residual_dtype)
-            x_SBH = x_SBH + self.positions(call.positions_SB, call.sink)
-        assert x_SBH is not None
-        for layer in self.layers.values():
-            x_SBH = layer(x_SBH, call)
-        if not self.last:
-            return x_SBH
+            x_sBH = self._embed(call)
+        assert x_sBH is not None
+        for name, layer in self.layers.items():
+            _wait_for(layer, call)
+            if name in self.recomputed and torch.is_grad_enabled():
+                x_sBH = checkpoint(layer, x_sBH, call, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_sBH = layer(x_sBH, call)
+        return self._losses(x_sBH, call) if self.last else x_sBH
+
+    def _embed(self, call: Call) -> Tensor:
         assert self.embedding is not None
-        out_SBH = self.final_norm(x_SBH, call.sink)
-        logits_SBV = column_linear(out_SBH, self.embedding.weight, None, self.tp, call.sink)
+        assert call.tokens_SB is not None
+        _wait_for(self.embedding, call)
+        _wait_for(self.positions, call)
+        x_sBH = self.embedding(call.tokens_SB, call).to(self.residual_dtype)
+        return self.dropout.hidden(x_sBH + self.positions(call.positions_SB, call), call)
+
+    def _losses(self, x_sBH: Tensor, call: Call) -> Tensor:
+        assert self.embedding is not None
+        _wait_for(self.embedding, call)
+        _wait_for(self.final_norm, call)
+        out_sBH = self.final_norm(x_sBH, call)
+        logits_SBV = column_linear(out_sBH, self.embedding.weight, None, self.tp, call)
         if call.labels_SB is None:
             return logits_SBV[..., : self.embedding.count]
         return cross_entropy(logits_SBV, call.labels_SB, self.embedding.start, self.embedding.count, self.tp)
+
+
+def _wait_for(module: nn.Module, call: Call) -> None:
+    if call.sink is not None:
+        call.sink.before_forward(module)

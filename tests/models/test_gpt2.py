@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from megapoly.config import Model
-from megapoly.layers.attention import document_mask
 from megapoly.layers.call import Call, Place
 from megapoly.models.decoder import DecoderStage
 
@@ -100,6 +99,6 @@ def test_separate_documents_equal_transformers_on_each_document_alone() -> None:
     tokens = torch.randint(model.vocabulary, (1, sum(lengths)))
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    logits = stage(None, Call(positions.t(), document_mask(documents), tokens.t())).transpose(0, 1)
+    logits = stage(None, Call(positions.t(), documents_BS=documents, tokens_SB=tokens.t())).transpose(0, 1)
     for part, mine in zip(tokens.split(lengths, 1), logits.split(lengths, 1)):
         torch.testing.assert_close(mine, peer(part).logits, rtol=0, atol=1e-9)
