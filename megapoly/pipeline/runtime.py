@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from megapoly import comm
-from megapoly.context import ALONE, Axis, ParallelContext
+from megapoly.context import Axis, ParallelContext
 from megapoly.pipeline.schedule import Action, Kind, Schedule
 
 StageFunction = Callable[[Tensor | None, Any], Tensor]
+PutOff = Callable[[Any], tuple[Any, Callable[[], object]]]
 _Key = tuple[int, int]  # stage, micro-batch
 
 
@@ -22,11 +24,15 @@ _Key = tuple[int, int]  # stage, micro-batch
 class _Run:
     """What is alive during one run of a schedule."""
 
+    schedule: Schedule
+    calls: Sequence[Any]
+    loss_gradient: float | None
     inputs: dict[_Key, Tensor | None] = field(default_factory=dict)
     outputs: dict[_Key, Tensor] = field(default_factory=dict)
     activations: dict[_Key, comm.Pending] = field(default_factory=dict)  # arriving at a stage
     gradients: dict[_Key, comm.Pending] = field(default_factory=dict)
     returned: dict[_Key, Tensor] = field(default_factory=dict)  # gradients of inputs, to be sent
+    weights: dict[_Key, Callable[[], object]] = field(default_factory=dict)  # parts of backward passes put off
     sent: deque[comm.Pending] = field(default_factory=deque)
     losses: dict[int, Tensor] = field(default_factory=dict)
 
@@ -37,8 +43,10 @@ class Pipeline:
     Args:
         stages: this rank's stages by number; ``stage(input or None, call)`` returns activations, or on the last stage
             token losses.
-        shape: of the activations between stages, ``[S, B, H]``, for a call.
+        shape: of the activations between stages, ``[s, B, H]``, for a call.
         dtype: of these activations.
+        put_off: for schedules with split backward passes: gives for a call the one to use in its place, and the
+            function that computes the weights' gradients, after the backward pass.
     """
 
     def __init__(
@@ -47,8 +55,40 @@ class Pipeline:
         context: ParallelContext,
         shape: Callable[[Any], tuple[int, ...]],
         dtype: torch.dtype,
+        put_off: PutOff | None = None,
     ) -> None:
-        self.stages, self.context, self.shape, self.dtype = stages, context, shape, dtype
+        self.stages, self.context, self.shape, self.dtype, self.put_off = stages, context, shape, dtype, put_off
+        self._place = ""
+        self._busy: dict[int, float] = {}
+        self._spans: list[tuple[Action, torch.cuda.Event, torch.cuda.Event]] = []  # of this run, on a GPU
+        self.reset_busy()
+
+    @property
+    def place(self) -> str:
+        """Where this rank stands in its schedule, for messages; empty outside of a run.
+
+        On a GPU, which works through what the host has long handed over, the first action that has not ended.
+        """
+        unfinished = next((action for action, _, end in list(self._spans) if not end.query()), None)
+        return self._place if unfinished is None else str(unfinished)
+
+    @property
+    def busy(self) -> dict[int, float]:
+        """Seconds of computing by stage since :meth:`reset_busy`.
+
+        On a CPU without the waiting for other ranks; on a GPU the device's time, with collectives inside of a stage.
+        """
+        self._add_up()
+        return self._busy
+
+    def _add_up(self) -> None:
+        for action, begin, end in self._spans:
+            end.synchronize()
+            self._busy[action.stage] += begin.elapsed_time(end) / 1e3
+        self._spans = []
+
+    def reset_busy(self) -> None:
+        self._busy, self._spans = dict.fromkeys(self.stages, 0.0), []
 
     def run(self, schedule: Schedule, calls: Sequence[Any], loss_gradient: float | None = None) -> list[Tensor]:
         """Run every action of this rank; the token losses of each micro-batch on the last stage, else an empty list.
@@ -57,56 +97,91 @@ class Pipeline:
             calls: what the stages need beside their input, by micro-batch.
             loss_gradient: the gradient of every token loss; None where ``schedule`` has no backward actions.
         """
-        run = _Run()
-        last = len(schedule.placement) - 1
+        run = _Run(schedule, calls, loss_gradient)
+        self._add_up()  # the actions of the run before have ended
+        compute = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.BACKWARD_INPUT: self._backward,
+            Kind.BACKWARD_WEIGHT: self._backward_weight,
+        }
+        actions = schedule.actions[self.context.pp.rank]
         with torch.set_grad_enabled(loss_gradient is not None):
-            for action in schedule.actions[self.context.pp.rank]:
-                kind, stage, microbatch = action
-                key = (stage, microbatch)
-                if kind is Kind.FORWARD:
-                    out = self._forward(run, key, calls[microbatch])
-                    if stage == last:
-                        run.losses[microbatch] = out.detach()
-                    elif schedule.placement[stage + 1] == self.context.pp.rank:
-                        run.activations[stage + 1, microbatch] = _local(out.detach())
-                    if loss_gradient is None and stage == last:
-                        del run.outputs[key]
-                elif kind is Kind.BACKWARD:
-                    gradient = self._backward(run, key, loss_gradient if stage == last else None)
-                    if gradient is None:
-                        continue
-                    if schedule.placement[stage - 1] == self.context.pp.rank:
-                        run.gradients[stage - 1, microbatch] = _local(gradient)
-                    else:
-                        run.returned[key] = gradient
+            for number, action in enumerate(actions):
+                self._place = f"action {number + 1} of {len(actions)}: {action}"
+                if action.kind in compute:
+                    arriving = run.activations if action.kind is Kind.FORWARD else run.gradients
+                    if action[1:] in arriving:
+                        arriving[action[1:]].wait()  # before the clock of the action starts
+                    with comm.named(action.__str__):
+                        self._timed(compute[action.kind], run, action)
                 else:
-                    self._transfer(run, action, schedule.placement, calls[microbatch])
+                    self._transfer(run, action)
                     while len(run.sent) > schedule.sends_in_flight:
                         run.sent.popleft().wait()
+            self._place = "after its last action: waiting for what it sent"
             for pending in run.sent:
                 pending.wait()
+        self._place = ""
         return [run.losses[m] for m in sorted(run.losses)]
 
-    def _forward(self, run: _Run, key: _Key, call: Any) -> Tensor:
-        x = None
+    def _timed(self, work: Callable[[_Run, Action], None], run: _Run, action: Action) -> None:
+        if self.context.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work(run, action)
+            end.record()
+            self._spans.append((action, begin, end))
+            return
+        axes = (self.context.tp, self.context.dp)
+        waited, started = sum(axis.traffic.seconds for axis in axes), time.perf_counter()
+        work(run, action)
+        waited = sum(axis.traffic.seconds for axis in axes) - waited
+        self._busy[action.stage] += time.perf_counter() - started - waited
+
+    def _forward(self, run: _Run, action: Action) -> None:
+        stage, microbatch = key = action[1:]
+        x, call = None, run.calls[microbatch]
         if key in run.activations:
             x = run.activations.pop(key).wait()
             x.requires_grad_(torch.is_grad_enabled())
-        out = self.stages[key[0]](x, call)
+        if run.schedule.splits:
+            assert self.put_off is not None
+            call, run.weights[key] = self.put_off(call)
+        out = self.stages[stage](x, call)
+        last = stage == len(run.schedule.placement) - 1
+        if last:
+            run.losses[microbatch] = out.detach()
+        elif run.schedule.placement[stage + 1] == self.context.pp.rank:
+            run.activations[stage + 1, microbatch] = comm.Pending(out.detach())
+        else:
+            run.outputs[key] = out
         if torch.is_grad_enabled():
-            run.inputs[key] = x
-        run.outputs[key] = out
-        return out
+            run.inputs[key], run.outputs[key] = x, out
 
-    def _backward(self, run: _Run, key: _Key, loss_gradient: float | None) -> Tensor | None:
+    def _backward(self, run: _Run, action: Action) -> None:
+        stage, microbatch = key = action[1:]
         x, out = run.inputs.pop(key), run.outputs.pop(key)
-        seed = None if loss_gradient is None else torch.full_like(out, loss_gradient)
-        torch.autograd.backward(out, run.gradients.pop(key).wait() if seed is None else seed)
-        return None if x is None else x.grad
+        if stage == len(run.schedule.placement) - 1:
+            assert run.loss_gradient is not None
+            gradient = torch.full_like(out, run.loss_gradient)
+        else:
+            gradient = run.gradients.pop(key).wait()
+        torch.autograd.backward(out, gradient)
+        if x is None:
+            return
+        assert x.grad is not None
+        if run.schedule.placement[stage - 1] == self.context.pp.rank:
+            run.gradients[stage - 1, microbatch] = comm.Pending(x.grad)
+        else:
+            run.returned[key] = x.grad
 
-    def _transfer(self, run: _Run, action: Action, placement: Sequence[int], call: Any) -> None:
+    def _backward_weight(self, run: _Run, action: Action) -> None:
+        run.weights.pop(action[1:])()
+
+    def _transfer(self, run: _Run, action: Action) -> None:
         kind, stage, microbatch = action
-        key = (stage, microbatch)
+        key, placement, call = (stage, microbatch), run.schedule.placement, run.calls[microbatch]
         forward, backward = self.context.pp, self.context.backward
         if kind is Kind.RECV_FORWARD:
             run.activations[key] = self._receive(forward, placement[stage - 1], call)
@@ -121,7 +196,3 @@ class Pipeline:
     def _receive(self, axis: Axis, source: int, call: Any) -> comm.Pending:
         buffer = torch.empty(self.shape(call), dtype=self.dtype, device=self.context.device)
         return comm.receive(buffer, axis, source)
-
-
-def _local(tensor: Tensor) -> comm.Pending:
-    return comm.Pending(tensor, None, ALONE, "hand-over")

@@ -4,148 +4,82 @@ A schedule is one list of actions per pipeline rank. Compute actions run in the 
 receive and goes on; the compute action that uses the message waits for it. ``SEND_*`` hands over the result of its
 compute action and goes on; a rank waits for its oldest send only when more than ``Schedule.sends_in_flight`` are under
 way, and for all of them at the end. Activations share one communicator of the pipeline, gradients another.
-
-GPipe: Huang et al. 2019, arXiv:1811.06965. 1F1B: Narayanan et al. 2021, arXiv:2104.04473 (PipeDream-Flush).
-To add a schedule, write a generator of compute actions and enter it in ``_GENERATORS``.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-
-class Kind(str, enum.Enum):
-    """What an action does; messages are named by the stage that acts, not by its neighbour."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    SEND_FORWARD = "send forward"  # the stage's output, to the next stage
-    RECV_FORWARD = "receive forward"  # the stage's input, from the previous stage
-    SEND_BACKWARD = "send backward"  # the gradient of the stage's input, to the previous stage
-    RECV_BACKWARD = "receive backward"  # the gradient of the stage's output, from the next stage
-
-
-COMPUTE = (Kind.FORWARD, Kind.BACKWARD)
-FORWARDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECV_FORWARD)
-RECEIVE = (Kind.RECV_FORWARD, Kind.RECV_BACKWARD)
-
-
-class Action(NamedTuple):
-    kind: Kind
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.kind.value} of stage {self.stage}, micro-batch {self.microbatch}"
-
-
-Lists = tuple[tuple[Action, ...], ...]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Actions of every pipeline rank for one global batch.
-
-    Attributes:
-        placement: pipeline rank of every stage. Neighbouring stages of one rank hand over locally, without messages.
-        actions: one tuple per pipeline rank, in the order in which the rank runs it.
-        trains: whether there are backward actions; all or none.
-    """
-
-    name: str
-    placement: tuple[int, ...]
-    microbatches: int
-    actions: Lists
-    trains: bool = True
-
-    @property
-    def ranks(self) -> int:
-        return len(self.actions)
-
-    @property
-    def sends_in_flight(self) -> int:
-        """Most sends of one rank that are under way at once, before it waits for the oldest."""
-        return 2 * len(self.placement)
-
-    def forward_only(self) -> Schedule:
-        """The validated schedule of an evaluation: without backward actions and their messages."""
-        lists = tuple(tuple(action for action in actions if action.kind in FORWARDS) for actions in self.actions)
-        schedule = replace(self, name=f"{self.name}, forward only", actions=lists, trains=False)
-        validate(schedule)
-        return schedule
-
-    def stages(self, rank: int) -> tuple[int, ...]:
-        """Stages of a pipeline rank, ascending."""
-        return tuple(stage for stage, at in enumerate(self.placement) if at == rank)
-
-    def message(self, action: Action) -> Action:
-        """The receive that a message is known by on both sides: of a receive itself, of a send its counterpart."""
-        if action.kind is Kind.SEND_FORWARD:
-            return Action(Kind.RECV_FORWARD, action.stage + 1, action.microbatch)
-        if action.kind is Kind.SEND_BACKWARD:
-            return Action(Kind.RECV_BACKWARD, action.stage - 1, action.microbatch)
-        return action
-
-    def route(self, action: Action) -> tuple[int, int]:
-        """Pipeline ranks (from, to) of a send or a receive."""
-        kind, stage, _ = self.message(action)
-        return self.placement[stage - 1 if kind is Kind.RECV_FORWARD else stage + 1], self.placement[stage]
+from megapoly.pipeline.actions import COMPUTE, RECEIVE, Action, Kind, Schedule
+from megapoly.pipeline.generators import GENERATORS, Generator
 
 
 @cache
-def build(name: str, pp: int, microbatches: int) -> Schedule:
-    """The validated schedule ``name`` of ``pp`` ranks with ``microbatches`` micro-batches; any positive numbers do.
+def build(name: str, pp: int, microbatches: int, virtual: int | None = None) -> Schedule:
+    """The validated schedule of a training step.
 
-    Names: ``gpipe``, ``1f1b``. Raises ValueError for another name or a number below one.
+    Args:
+        name: ``gpipe``, ``1f1b``, ``interleaved``, ``zero-bubble`` or ``zero-bubble-v``.
+        pp: pipeline ranks.
+        microbatches: of one rank in a step; of ``interleaved`` a multiple of ``pp``, else any number.
+        virtual: stages per rank; where not given, 2 of ``interleaved`` and ``zero-bubble-v``, 1 of the others.
+
+    Raises ValueError, which says what would work, for what there is no schedule of.
     """
-    if name not in _GENERATORS:
-        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(_GENERATORS)}")
-    if pp < 1 or microbatches < 1:
-        raise ValueError(f"schedule {name} of {pp} ranks and {microbatches} micro-batches; both are at least 1")
-    placement, compute = _GENERATORS[name](pp, microbatches)
-    schedule = add_communication(Schedule(name, placement, microbatches, compute))
+    generator, virtual = _generator(name, pp, microbatches, virtual)
+    if generator.grouped and microbatches % pp:
+        whole = microbatches - microbatches % pp
+        nearest = " or ".join(str(each) for each in (whole, whole + pp) if each)
+        raise ValueError(
+            f"schedule {name}: {microbatches} micro-batches are not a multiple of {pp} pipeline ranks; the nearest"
+            f" that works is {nearest}"
+        )
+    compute = generator.lists(pp, microbatches, virtual)
+    schedule = add_communication(Schedule(name, generator.placement(pp, virtual), microbatches, compute))
     validate(schedule)
     return schedule
 
 
-def _gpipe(pp: int, microbatches: int) -> tuple[tuple[int, ...], Lists]:
-    """All forwards, then all backwards, both ascending, so that gradients add up in the order of 1F1B."""
-    every = range(microbatches)
-    return tuple(range(pp)), tuple(
-        tuple(Action(kind, stage, i) for kind in COMPUTE for i in every) for stage in range(pp)
+@cache
+def build_forward(name: str, pp: int, microbatches: int, virtual: int | None = None) -> Schedule:
+    """The validated schedule of an evaluation: the forward passes of ``build``, of any number of micro-batches."""
+    generator, virtual = _generator(name, pp, microbatches, virtual)
+    whole = -(-microbatches // pp) * pp if generator.grouped else microbatches
+    lists = tuple(
+        tuple(action for action in actions if action.kind is Kind.FORWARD and action.microbatch < microbatches)
+        for actions in generator.lists(pp, whole, virtual)
     )
+    placement = generator.placement(pp, virtual)
+    schedule = add_communication(Schedule(f"{name}, forward only", placement, microbatches, lists, trains=False))
+    validate(schedule)
+    return schedule
 
 
-def _one_forward_one_backward(pp: int, microbatches: int) -> tuple[tuple[int, ...], Lists]:
-    """As many forwards as it takes to reach the last stage, then a forward and a backward in turns."""
-    lists = []
-    for stage in range(pp):
-        warm_up = min(microbatches, pp - 1 - stage)
-        forwards = [Action(Kind.FORWARD, stage, i) for i in range(microbatches)]
-        backwards = [Action(Kind.BACKWARD, stage, i) for i in range(microbatches)]
-        steady = [action for pair in zip(forwards[warm_up:], backwards, strict=False) for action in pair]
-        lists.append((*forwards[:warm_up], *steady, *backwards[microbatches - warm_up :]))
-    return tuple(range(pp)), tuple(lists)
-
-
-_GENERATORS: dict[str, Callable[[int, int], tuple[tuple[int, ...], Lists]]] = {
-    "gpipe": _gpipe,
-    "1f1b": _one_forward_one_backward,
-}
+def _generator(name: str, pp: int, microbatches: int, virtual: int | None) -> tuple[Generator, int]:
+    """The generator of a name and the stages per rank; ValueError where it cannot be."""
+    if name not in GENERATORS:
+        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(GENERATORS)}")
+    if pp < 1 or microbatches < 1:
+        raise ValueError(f"schedule {name} of {pp} ranks and {microbatches} micro-batches; both are at least 1")
+    possible = GENERATORS[name].virtual
+    if virtual is not None and virtual not in possible:
+        nearest = min(max(virtual, possible[0]), possible[-1])
+        raise ValueError(f"schedule {name} with {virtual} stages per rank; the nearest that works is {nearest}")
+    return GENERATORS[name], possible[0] if virtual is None else virtual
 
 
 def add_communication(schedule: Schedule) -> Schedule:
     """The schedule, given with compute actions only, with sends and receives.
 
     A send stands right after its compute action. A receive is posted one compute action before the one that uses it,
-    so that the message travels meanwhile. Within this, every rank posts the messages of a direction in one order that
-    all ranks share, that of their departure when all compute actions take equally long. As whatever a message
-    depends on departs before it, the first message in that order is always at the head of both its queues.
+    so that the message travels meanwhile; that of a gradient never before the rank's first forward, which the gradient
+    depends on: where posting blocks, neither would ever come. Within this, every rank posts the messages of a direction
+    in one order that all ranks share, that of their departure when all compute actions take equally long. As whatever a
+    message depends on departs before it, the first message in that order is always at the head of both its queues.
     """
     departure = _departures(schedule)
     lists = []
@@ -156,13 +90,13 @@ def add_communication(schedule: Schedule) -> Schedule:
             posts = [
                 (departure[message], message, position[action], message is need)
                 for action in compute
-                for need in (*_needs(schedule, action), *_sends(schedule, action))
+                for need in (*schedule.needs(action), *schedule.sends(action))
                 if (message := schedule.message(need)).kind is direction
             ]
             posts.sort()
             latest, slot = len(compute), {}
             for _, message, index, receive in reversed(posts):
-                latest = min(latest, max(0, index - 1) if receive else index)
+                latest = min(latest, max(direction is Kind.RECV_BACKWARD, index - 1) if receive else index)
                 slot[message] = latest
             earliest = 0
             for _, message, index, receive in posts:
@@ -171,7 +105,7 @@ def add_communication(schedule: Schedule) -> Schedule:
                 else:
                     earliest = index + 1
         lists.append(
-            tuple(each for i, action in enumerate(compute) for each in (*slots[i], action, *_sends(schedule, action)))
+            tuple(each for i, action in enumerate(compute) for each in (*slots[i], action, *schedule.sends(action)))
         )
     return replace(schedule, actions=tuple(lists))
 
@@ -180,49 +114,15 @@ def _departures(schedule: Schedule) -> dict[Action, tuple[float, int]]:
     """A key for every message that puts them in one order: time of departure, then distance along the pipeline."""
     lists = []
     for compute in schedule.actions:
-        receives = [need for action in compute for need in _needs(schedule, action) if need.kind in RECEIVE]
-        lists.append((*receives, *(each for action in compute for each in (action, *_sends(schedule, action)))))
-    spans = execute(replace(schedule, actions=tuple(lists)), dict.fromkeys(COMPUTE, 1.0), 0.0, queued=False)
+        receives = [need for action in compute for need in schedule.needs(action) if need.kind in RECEIVE]
+        lists.append((*receives, *(each for action in compute for each in (action, *schedule.sends(action)))))
+    spans = execute(replace(schedule, actions=tuple(lists)), _equal, 0.0, queued=False)
     return {
         (message := schedule.message(send)): (stop, message.stage if send.kind is Kind.SEND_FORWARD else -message.stage)
         for each in spans
         for action, _, stop in each
-        for send in _sends(schedule, action)
+        for send in schedule.sends(action)
     }
-
-
-def _sends(schedule: Schedule, action: Action) -> list[Action]:
-    """The send, if any, that follows a compute action."""
-    placement, (kind, stage, microbatch) = schedule.placement, action
-    if kind is Kind.FORWARD and stage + 1 < len(placement) and placement[stage + 1] != placement[stage]:
-        return [Action(Kind.SEND_FORWARD, stage, microbatch)]
-    if kind is Kind.BACKWARD and stage > 0 and placement[stage - 1] != placement[stage]:
-        return [Action(Kind.SEND_BACKWARD, stage, microbatch)]
-    return []
-
-
-def _needs(schedule: Schedule, action: Action) -> list[Action]:
-    """Actions of the same rank whose results ``action`` uses."""
-    placement, (kind, stage, microbatch) = schedule.placement, action
-    if kind is Kind.FORWARD:
-        if stage == 0:
-            return []
-        local = placement[stage - 1] == placement[stage]
-        return [Action(Kind.FORWARD, stage - 1, microbatch) if local else Action(Kind.RECV_FORWARD, stage, microbatch)]
-    if kind is Kind.BACKWARD:
-        forward = Action(Kind.FORWARD, stage, microbatch)
-        if stage + 1 == len(placement):
-            return [forward]
-        local = placement[stage + 1] == placement[stage]
-        return [
-            forward,
-            Action(Kind.BACKWARD, stage + 1, microbatch) if local else Action(Kind.RECV_BACKWARD, stage, microbatch),
-        ]
-    if kind is Kind.SEND_FORWARD:
-        return [Action(Kind.FORWARD, stage, microbatch)]
-    if kind is Kind.SEND_BACKWARD:
-        return [Action(Kind.BACKWARD, stage, microbatch)]
-    return []
 
 
 def validate(schedule: Schedule) -> None:
@@ -242,17 +142,17 @@ def validate(schedule: Schedule) -> None:
         _check_contents(schedule, rank, actions)
         _check_order(schedule, rank, actions)
     for queued in (False, True):
-        execute(schedule, dict.fromkeys(COMPUTE, 1.0), 0.0, queued=queued)
+        execute(schedule, _equal, 0.0, queued=queued)
 
 
 def _expected(schedule: Schedule, rank: int) -> Iterator[Action]:
     for stage in schedule.stages(rank):
         for microbatch in range(schedule.microbatches):
-            for kind in COMPUTE if schedule.trains else (Kind.FORWARD,):
+            for kind in schedule.kinds:
                 action = Action(kind, stage, microbatch)
-                yield from (need for need in _needs(schedule, action) if need.kind in RECEIVE)
+                yield from (need for need in schedule.needs(action) if need.kind in RECEIVE)
                 yield action
-                yield from _sends(schedule, action)
+                yield from schedule.sends(action)
 
 
 def _check_contents(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> None:
@@ -272,10 +172,17 @@ def _check_contents(schedule: Schedule, rank: int, actions: tuple[Action, ...]) 
 def _check_order(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> None:
     done: set[Action] = set()
     for i, action in enumerate(actions):
-        for need in _needs(schedule, action):
+        for need in schedule.needs(action):
             if need not in done:
                 raise ValueError(f"schedule {schedule.name}, rank {rank}, action {i}: {action} stands before {need}")
         done.add(action)
+
+
+Cost = Callable[[Action], float]
+
+
+def _equal(action: Action) -> float:
+    return 1.0
 
 
 class Span(NamedTuple):
@@ -286,8 +193,14 @@ class Span(NamedTuple):
     stop: float
 
 
-def execute(schedule: Schedule, cost: dict[Kind, float], communication: float, *, queued: bool) -> list[list[Span]]:
-    """Compute actions with their times, per rank; ValueError where no rank can go on."""
+def execute(schedule: Schedule, cost: Cost, communication: float, *, queued: bool) -> list[list[Span]]:
+    """Compute actions with their times, per rank; ValueError where no rank can go on.
+
+    Args:
+        cost: time of a compute action.
+        communication: time of a message.
+        queued: whether messages wait in the queues of NCCL (see ``validate``).
+    """
     run = _Execution(schedule, cost, communication, queued)
     while any([run.advance(rank) for rank in range(schedule.ranks)]):
         pass
@@ -310,7 +223,7 @@ class _Execution:
     the heads of their queues, and the message before it on its route has arrived.
     """
 
-    def __init__(self, schedule: Schedule, cost: dict[Kind, float], communication: float, queued: bool) -> None:
+    def __init__(self, schedule: Schedule, cost: Cost, communication: float, queued: bool) -> None:
         self.schedule, self.cost, self.communication, self.queued = schedule, cost, communication, queued
         self.spans: list[list[Span]] = [[] for _ in schedule.actions]
         self.clock = [0.0] * schedule.ranks
@@ -331,10 +244,10 @@ class _Execution:
                     break
                 self.sent[rank].popleft()
             if action.kind in COMPUTE:
-                if not self._wait(rank, [need for need in _needs(self.schedule, action) if need.kind in RECEIVE]):
+                if not self._wait(rank, [need for need in self.schedule.needs(action) if need.kind in RECEIVE]):
                     break
                 start = self.clock[rank]
-                self.clock[rank] += self.cost[action.kind]
+                self.clock[rank] += self.cost(action)
                 self.spans[rank].append(Span(action, start, self.clock[rank]))
             else:
                 self._post(rank, action)

@@ -1,4 +1,4 @@
-"""Schedules against closed formulas, hand-drawn pictures, and lists that are broken on purpose."""
+"""Messages that a schedule gets, and lists that are broken on purpose."""
 
 from __future__ import annotations
 
@@ -10,37 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapoly.pipeline.schedule import (
-    Action,
-    Kind,
-    Schedule,
-    add_communication,
-    build,
-    validate,
-)
-from megapoly.pipeline.timeline import render, simulate
+from megapoly.pipeline.actions import Action, Kind, Schedule
+from megapoly.pipeline.schedule import add_communication, build, build_forward, execute, validate
+from megapoly.pipeline.timeline import simulate
+from tests.pipeline.cases import edited, schedules
 
 NAMES = ("gpipe", "1f1b")
 F, B = Kind.FORWARD, Kind.BACKWARD
+BI, BW = Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
 names = st.sampled_from(NAMES)
 ranks = st.integers(1, 9)
 microbatches = st.integers(1, 24)
-costs = st.sampled_from([(1.0, 1.0), (1.0, 2.0), (3.0, 1.0), (0.7, 1.9)])
-
-
-@given(names, ranks, microbatches, costs)
-def test_bubble_is_the_closed_formula(name, p, m, cost):
-    timeline = simulate(build(name, p, m), forward=cost[0], backward=cost[1])
-    assert timeline.makespan == pytest.approx((m + p - 1) * sum(cost))
-    assert timeline.bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
-    assert timeline.bubbles == pytest.approx([(p - 1) / (m + p - 1)] * p, abs=1e-12)
-
-
-@given(ranks, microbatches)
-def test_peak_activations(p, m):
-    assert simulate(build("gpipe", p, m)).peaks == (m,) * p
-    assert simulate(build("1f1b", p, m)).peaks == tuple(min(m, p - rank) for rank in range(p))
 
 
 @given(names, ranks, microbatches)
@@ -69,38 +50,13 @@ def test_receives_are_posted_a_compute_action_ahead_unless_the_rank_idles_anyway
                 assert 1 <= len(between) <= 2 or (not between and idles)
 
 
-def test_communication_that_hides_behind_computation_delays_only_the_first_and_last():
-    # Forwards reach rank 1 one message later, and it is never idle until its last backward; then one more message.
-    assert simulate(build("gpipe", 2, 4), 1.0, 2.0, communication=0.5).makespan == (4 + 1) * 3.0 + 2 * 0.5
-    # A message as long as four forwards: the four messages of the forwards follow one another on their route.
-    timeline = simulate(build("gpipe", 2, 4), 1.0, 1.0, communication=4.0)
-    assert [span.start for span in timeline.spans[1][:4]] == [5.0, 9.0, 13.0, 17.0]
-
-
-def test_render_is_the_picture_of_the_papers():
-    assert render(build("gpipe", 2, 4)).splitlines() == [
-        "gpipe: 2 ranks, 4 micro-batches, bubble 20.0%   (3 forward, 3' backward, . idle)",
-        "rank 0 | 0 1 2 3 . . 0'1'2'3'| bubble 20.0%, peak 4",
-        "rank 1 | . 0 1 2 3 0'1'2'3'. | bubble 20.0%, peak 4",
-    ]
-    assert render(simulate(build("1f1b", 2, 4))).splitlines() == [
-        "1f1b: 2 ranks, 4 micro-batches, bubble 20.0%   (3 forward, 3' backward, . idle)",
-        "rank 0 | 0 1 . . 0'--2 1'--3 2'--. 3'--| bubble 20.0%, peak 2",
-        "rank 1 | . 0 0'--1 1'--2 2'--3 3'--. . | bubble 20.0%, peak 1",
-    ]
-
-
-def test_render_tells_the_stages_of_a_rank_apart():
-    compute = (
-        (Action(F, 0, 0), Action(F, 2, 0), Action(B, 2, 0), Action(B, 0, 0)),
-        (Action(F, 1, 0), Action(F, 3, 0), Action(B, 3, 0), Action(B, 1, 0)),
-    )
-    schedule = add_communication(Schedule("loop", (0, 1, 0, 1), 1, compute))
-    validate(schedule)
-    assert render(schedule).splitlines()[1:] == [
-        "rank 0 | 0a .  0b .  .  0b'.  0a'| bubble 50.0%, peak 2",
-        "rank 1 | .  0a .  0b 0b'.  0a'.  | bubble 50.0%, peak 2",
-    ]
+@given(names, st.integers(2, 9), microbatches)
+def test_no_gradient_is_awaited_before_the_first_forward(name, p, m):
+    """The first message of two ranks may block both: NCCL then connects them."""
+    for actions in build(name, p, m).actions:
+        kinds = [action.kind for action in actions]
+        if Kind.RECV_BACKWARD in kinds:
+            assert kinds.index(Kind.FORWARD) < kinds.index(Kind.RECV_BACKWARD)
 
 
 @given(st.sampled_from([(0, 1, 0, 1), (0, 1, 1, 0), (0, 0, 1, 1), (0, 1, 2, 2, 1, 0), (1, 0)]), st.integers(1, 8))
@@ -125,14 +81,6 @@ def test_a_route_runs_from_the_sender_to_the_receiver():
     assert schedule.route(Action(Kind.RECV_FORWARD, 1, 1)) == (0, 1)
     assert schedule.route(Action(Kind.SEND_BACKWARD, 2, 0)) == (2, 1)
     assert schedule.route(Action(Kind.RECV_BACKWARD, 1, 0)) == (2, 1)
-
-
-def edited(schedule: Schedule, rank: int, edit) -> Schedule:
-    actions = list(schedule.actions[rank])
-    edit(actions)
-    return dataclasses.replace(
-        schedule, actions=(*schedule.actions[:rank], tuple(actions), *schedule.actions[rank + 1 :])
-    )
 
 
 def swap(a: Action, b: Action):
@@ -221,21 +169,6 @@ def test_more_sends_under_way_than_a_rank_may_have_are_refused():
     )
 
 
-def test_a_forward_only_schedule_has_no_backward_and_is_as_long_as_its_forwards():
-    schedule = build("gpipe", 3, 4).forward_only()
-    assert {action.kind for actions in schedule.actions for action in actions} == {
-        Kind.FORWARD,
-        Kind.SEND_FORWARD,
-        Kind.RECV_FORWARD,
-    }
-    assert simulate(schedule).makespan == 4 + 3 - 1
-    refused(edited(schedule, 1, lambda actions: actions.remove(Action(F, 1, 3))), "micro-batch 3 is missing")
-    refused(
-        dataclasses.replace(build("gpipe", 3, 4), trains=False), "backward of stage 0, micro-batch 0 does not belong"
-    )
-    refused(dataclasses.replace(schedule, trains=True), "receive backward of stage 0, micro-batch 0 is missing")
-
-
 def test_receives_out_of_the_order_of_the_sends_are_refused():
     # Every message finds its receiver by name; in the queue of one communicator none does.
     first, second = Action(Kind.RECV_FORWARD, 1, 0), Action(Kind.RECV_FORWARD, 1, 1)
@@ -252,11 +185,65 @@ def test_a_placement_that_leaves_a_rank_out_is_refused(placement):
     refused(dataclasses.replace(build("gpipe", 2, 2), placement=placement), "every rank has a stage")
 
 
-def test_what_cannot_be_built_or_timed_is_refused():
-    with pytest.raises(ValueError, match="unknown schedule 'zigzag'; known: gpipe, 1f1b"):
-        build("zigzag", 2, 2)
-    for p, m in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match="both are at least 1"):
-            build("1f1b", p, m)
-    with pytest.raises(ValueError, match="costs"):
-        simulate(build("1f1b", 2, 2), forward=0.0)
+def test_receives_out_of_order_of_several_stages_are_refused_for_their_queue_alone():
+    # Rank 0 waits for the activations of stage 2 in the wrong order: gloo finds them by name, NCCL by their place.
+    first, second = Action(Kind.RECV_FORWARD, 2, 0), Action(Kind.RECV_FORWARD, 2, 1)
+    schedule = edited(build("interleaved", 2, 2), 0, swap(first, second))
+    execute(schedule, lambda action: 1.0, 0.0, queued=False)
+    refused(schedule, f"the activations of rank 0 wait with {second}; the activations of rank 1 wait with {first}")
+
+
+def test_parts_of_a_backward_out_of_order_are_refused():
+    schedule = build("zero-bubble", 2, 2)
+    early = edited(schedule, 0, swap(Action(BI, 0, 1), Action(BW, 0, 1)))
+    refused(early, "backward weight of stage 0, micro-batch 1 stands before backward input of stage 0, micro-batch 1")
+    late = edited(schedule, 1, swap(Action(BI, 1, 0), Action(Kind.SEND_BACKWARD, 1, 0)))
+    refused(late, "send backward of stage 1, micro-batch 0 stands before backward input of stage 1, micro-batch 0")
+    local = edited(build("zero-bubble-v", 2, 3), 1, swap(Action(BI, 1, 0), Action(BI, 2, 0)))
+    refused(local, "backward input of stage 1, micro-batch 0 stands before backward input of stage 2, micro-batch 0")
+
+
+def test_a_backward_among_split_ones_is_refused():
+    schedule = build("zero-bubble", 2, 2)
+    whole = edited(schedule, 0, lambda actions: actions.__setitem__(actions.index(Action(BI, 0, 0)), Action(B, 0, 0)))
+    refused(whole, "backward of stage 0, micro-batch 0 does not belong on this rank")
+    refused(edited(schedule, 1, lambda actions: actions.remove(Action(BW, 1, 1))), f"{Action(BW, 1, 1)} is missing")
+
+
+def test_ranks_that_wait_for_each_other_over_two_stages_each_are_refused():
+    # Rank 0 wants micro-batch 0 back from rank 1 before it forwards micro-batch 1; rank 1 wants both first.
+    compute = (
+        tuple(Action(F, stage, i) for i in range(2) for stage in (0, 3)),
+        tuple(Action(F, stage, i) for stage in (1, 2) for i in range(2)),
+    )
+    with pytest.raises(ValueError, match=r"v deadlocks: rank 0 at .*, forward of stage 3, micro-batch 0; rank 1 at"):
+        add_communication(Schedule("v", (0, 1, 1, 0), 2, compute, trains=False))
+
+
+@given(schedules(most=4), st.data())
+def test_any_list_with_one_action_lost_doubled_or_too_early_is_refused(schedule, data):
+    rank = data.draw(st.integers(0, schedule.ranks - 1))
+    actions = schedule.actions[rank]
+    action = data.draw(st.sampled_from(actions))
+    refused(edited(schedule, rank, lambda each: each.remove(action)), f"rank {rank}: {action} is missing")
+    doubled = edited(schedule, rank, lambda each: each.append(action))
+    refused(doubled, f"rank {rank}, action {actions.index(action)}: {action} stands in the list 2 times")
+    for need in schedule.needs(action):
+        assert need in actions
+
+        def early(each, need=need):
+            each.remove(action)
+            each.insert(each.index(need), action)
+
+        with pytest.raises(ValueError, match="stands before"):
+            validate(edited(schedule, rank, early))
+
+
+def test_a_list_of_forward_passes_is_not_one_of_a_training_step():
+    schedule = build_forward("gpipe", 3, 4)
+    assert schedule.kinds == (F,)
+    refused(edited(schedule, 1, lambda actions: actions.remove(Action(F, 1, 3))), "micro-batch 3 is missing")
+    refused(
+        dataclasses.replace(build("gpipe", 3, 4), trains=False), "backward of stage 0, micro-batch 0 does not belong"
+    )
+    refused(dataclasses.replace(schedule, trains=True), "receive backward of stage 0, micro-batch 0 is missing")
