@@ -16,8 +16,8 @@ _CHUNK = 1 << 16  # elements; the working set of a chunk stays in a core's cache
 class AdamW:
     """Moments and, where parameters are narrower than fp32, master weights, in promote(parameter dtype, fp32).
 
-    ``states[i]`` belongs to ``buffers.buckets[i]`` and maps ``first``, ``second`` and, with narrow parameters,
-    ``master`` to flat tensors of the bucket's size.
+    ``states[i]`` belongs to the range of ``buffers.buckets[i]`` that this rank updates, and maps ``first``, ``second``
+    and, with narrow parameters, ``master`` to flat tensors of its size.
     """
 
     def __init__(self, buffers: Buffers, config: Optimizer) -> None:
@@ -25,18 +25,23 @@ class AdamW:
         self.steps = 0
         self.states: list[dict[str, Tensor]] = []
         for bucket in buffers.buckets:
-            state = {"first": torch.zeros_like(bucket.gradients), "second": torch.zeros_like(bucket.gradients)}
-            if bucket.values.dtype != bucket.gradients.dtype:
-                state["master"] = bucket.values.to(bucket.gradients.dtype)
+            mine = bucket.gradients[bucket.mine]
+            state = {"first": torch.zeros_like(mine), "second": torch.zeros_like(mine)}
+            if bucket.values.dtype != mine.dtype:
+                state["master"] = bucket.values[bucket.mine].to(mine.dtype)
             self.states.append(state)
 
     @torch.no_grad()
     def step(self, rate: float, scale: float) -> None:
-        """One update with learning rate ``rate`` from the buckets' gradients times ``scale``."""
+        """One update with learning rate ``rate`` from the buckets' gradients times ``scale``.
+
+        A sharded bucket is gathered as soon as it is updated: the next forward pass begins with the last bucket.
+        """
         self.steps += 1
         config = self.config
         correction1, correction2 = 1 - config.beta1**self.steps, 1 - config.beta2**self.steps
-        for bucket, state in zip(self.buffers.buckets, self.states):
+        for number in reversed(range(len(self.states))):
+            bucket, state = self.buffers.buckets[number], self.states[number]
             keep = 1 - rate * config.weight_decay if bucket.plan.decay else 1.0
             for weight, gradient, first, second in _chunks(bucket, state):
                 gradient.mul_(scale)
@@ -45,17 +50,19 @@ class AdamW:
                 denominator = second.div(correction2).sqrt_().add_(config.epsilon)
                 weight.mul_(keep).addcdiv_(first, denominator, value=-rate / correction1)
             if "master" in state:
-                bucket.values.copy_(state["master"])
+                bucket.values[bucket.mine].copy_(state["master"])
+            self.buffers.gather(number)
 
     def refresh_master(self) -> None:
-        """Take the master weights from the parameters, after these were loaded."""
+        """Take the master weights from the parameters, after these were filled."""
         for bucket, state in zip(self.buffers.buckets, self.states):
             if "master" in state:
-                state["master"].copy_(bucket.values)
+                state["master"].copy_(bucket.values[bucket.mine])
 
 
 def _chunks(bucket: FlatBucket, state: dict[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    tensors = (state.get("master", bucket.values), bucket.gradients, state["first"], state["second"])
-    chunk = _CHUNK if bucket.values.device.type == "cpu" else bucket.plan.size
-    for begin in range(0, bucket.plan.size, chunk):
+    weights = state["master"] if "master" in state else bucket.values[bucket.mine]
+    tensors = (weights, bucket.gradients[bucket.mine], state["first"], state["second"])
+    chunk = _CHUNK if weights.is_cpu else max(1, weights.numel())
+    for begin in range(0, weights.numel(), chunk):
         yield tuple(tensor[begin : begin + chunk] for tensor in tensors)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from megapoly.optim.adam import AdamW
 from megapoly.optim.buffers import Buffers
 from megapoly.optim.layout import buckets
 from megapoly.optim.lr import learning_rate
-from megapoly.spec import Box, ParamSpec
+from megapoly.spec import Box, ParamSpec, shard
 
 
 def spec(name: str, *shape: int, decay: bool = True, partial: tuple[str, ...] = ()) -> ParamSpec:
@@ -26,12 +27,13 @@ def spec(name: str, *shape: int, decay: bool = True, partial: tuple[str, ...] = 
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.booleans(), st.sampled_from([(), ("tied",)])), min_size=1, max_size=30),
     st.integers(1, 500),
+    st.integers(1, 5),
 )
 def test_buckets_hold_every_parameter_once_without_overlap(
-    parts: list[tuple[int, bool, tuple[str, ...]]], limit: int
+    parts: list[tuple[int, bool, tuple[str, ...]]], limit: int, shards: int
 ) -> None:
     specs = [spec(str(i), n, decay=decay, partial=partial) for i, (n, decay, partial) in enumerate(parts)]
-    laid = buckets(specs, limit)
+    laid = buckets(specs, limit, shards)
     assert sorted(slot.parameter for bucket in laid for slot in bucket.slots) == list(range(len(specs)))
     for bucket in laid:
         end = 0
@@ -41,6 +43,11 @@ def test_buckets_hold_every_parameter_once_without_overlap(
             assert (specs[slot.parameter].decay, specs[slot.parameter].partial) == (bucket.decay, bucket.partial)
             end = slot.stop
         assert end <= bucket.size
+        ranges = [bucket.shard(number) for number in range(shards)]
+        assert [cut for each in ranges for cut in (each.start, each.stop)][1:-1] == [
+            cut for each in ranges[1:] for cut in (each.start, each.start)
+        ]
+        assert (ranges[0].start, ranges[-1].stop) == (0, bucket.size)
         assert len(bucket.slots) == 1 or end <= limit
     numbers = [slot.parameter for b in laid if b.decay and not b.partial for slot in b.slots]
     assert numbers == sorted(numbers, reverse=True)  # the backward pass finishes the last layers first
@@ -110,14 +117,32 @@ def test_bf16_parameters_have_fp32_master_weights() -> None:
     assert not torch.equal(start, narrow[0])
 
 
-def test_the_norm_of_a_large_float32_gradient_is_exact() -> None:
-    parameter = nn.Parameter(torch.zeros(1 << 22))
-    parameter.spec = spec("a", 1 << 22)  # type: ignore[attr-defined]
-    gradient = torch.rand(1 << 22, generator=torch.Generator().manual_seed(0))
+def test_the_norm_of_a_large_float32_gradient_is_that_of_float64() -> None:
+    parameter = nn.Parameter(torch.zeros((1 << 22) + 5))
+    parameter.spec = spec("a", (1 << 22) + 5)  # type: ignore[attr-defined]
+    gradient = torch.rand((1 << 22) + 5, generator=torch.Generator().manual_seed(0))
     buffers = Buffers([(parameter, 1)], ParallelContext.create(), bucket_mb=64)
     buffers.begin(1)
     buffers.add(parameter, adder(gradient))
-    assert float(buffers.squared_norm()) == pytest.approx(float(gradient.double().square().sum()), rel=1e-12)
+    assert float(buffers.statistics()[0]) == pytest.approx(float(gradient.double().square().sum()), rel=1e-7)
+
+
+def test_statistics_count_what_this_rank_owns_without_padding() -> None:
+    box, local = shard((5, 3), 0, 1, 2, pad=True)  # two rows of the tensor and one of padding
+    made = [nn.Parameter(torch.ones(local)), nn.Parameter(torch.full((4,), 2.0)), nn.Parameter(torch.ones(7))]
+    specs = [ParamSpec("a", (5, 3), box, local), spec("b", 4), replace(spec("c", 7), owner=False)]
+    for parameter, its in zip(made, specs):
+        parameter.spec = its  # type: ignore[attr-defined]
+    buffers = Buffers([(p, 1) for p in made], ParallelContext.create(), bucket_mb=1.0)
+    buffers.begin(1)
+    for parameter in made:
+        gradient = torch.zeros(parameter.shape)
+        gradient.view(-1)[:3] = 3.0
+        buffers.add(parameter, adder(gradient))
+    buffers.finish()
+    gradients, zeros, weights = buffers.statistics().tolist()
+    assert zeros == 3 + 1
+    assert (gradients, weights) == pytest.approx((2 * 27.0, 6 + 16.0), rel=1e-6)
 
 
 def test_too_many_and_missing_gradients_are_errors() -> None:
