@@ -19,7 +19,8 @@ from megapoly.errors import CheckpointError, ConfigError
 from megapoly.layers.call import Place, spec_of
 from megapoly.models.decoder import DecoderStage
 from megapoly.optim.adam import AdamW
-from megapoly.spec import ParamSpec, Piece
+from megapoly.optim.buffers import Part
+from megapoly.spec import Piece
 
 WEIGHTS = "weights"
 _SHARED_SIZE = 1 << 18  # elements from which on a tensor is shared out over dp
@@ -49,22 +50,27 @@ def save(
     context: ParallelContext,
     *,
     tokenizer: str,
+    guards: Mapping[str, Any],
+    keep_before: int | None = None,
 ) -> Path:
     """Write a checkpoint together with all ranks and return its folder.
 
-    Every owner's tensors are shared out over dp, so that all ranks write. ``tokenizer`` is its SHA-256.
+    All ranks write: what is not sharded over dp is shared out. ``tokenizer`` is its SHA-256. ``guards``, plain values
+    that decide about skipped steps and rollbacks, are kept as they are, in ``meta["guards"]``. Beside
+    ``checkpoint.keep`` of them, the newest from before the step ``keep_before`` stays.
 
     Raises:
         CheckpointError: on every rank, if any could not write; see :func:`megapoly.checkpoint.store.save`.
     """
     control = context.control
+    optimizer.buffers.settle()  # so that nothing is under way when a run ends here
     meta = {
         "config": config.document(),
-        "identity": config.identity(),
         "plan": plan.to_document(),
         "counters": asdict(counters),
         "optimizer_steps": optimizer.steps,
         "tokenizer": tokenizer,
+        "guards": guards,
         "layout": str(context.mesh),
     }
     return store.save(
@@ -77,6 +83,7 @@ def save(
         gather=lambda value: comm.gather_objects(value, control),
         broadcast=lambda value: comm.broadcast_object(value, control),
         keep=config.checkpoint.keep,
+        keep_before=keep_before,
     )
 
 
@@ -91,8 +98,12 @@ def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
     kinds = {WEIGHTS, *(f"adam.{kind}" for kind in optimizer.states[0])}
     shapes = logical_shapes(config.model)
     reader.expect({f"{kind}/{name}": shape for kind in sorted(kinds) for name, shape in shapes.items()})
-    for kind, spec, flat in _flat_tensors(optimizer):
-        reader.read(f"{kind}/{spec.name}", Piece.of(spec.box), flat)
+    optimizer.buffers.settle()
+    for kind, part, flat in _tensors(optimizer):
+        if kind != WEIGHTS:
+            reader.read(f"{kind}/{part.spec.name}", part.piece, flat)
+    for parameter in optimizer.buffers.parameters:
+        _read_weights(reader, parameter)
     optimizer.steps = reader.meta["optimizer_steps"]
     return Counters(**reader.meta["counters"])
 
@@ -100,15 +111,20 @@ def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
 def load_weights(reader: store.Reader, stage: DecoderStage) -> None:
     """Fill just the weights of ``stage``. Any layout, any precision."""
     for parameter in stage.parameters():
-        spec = spec_of(parameter)
-        with torch.no_grad():
-            parameter.zero_()
-            reader.read(f"{WEIGHTS}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
+        _read_weights(reader, parameter)
+
+
+def _read_weights(reader: store.Reader, parameter: Tensor) -> None:
+    spec = spec_of(parameter)
+    with torch.no_grad():
+        parameter.zero_()
+        reader.read(f"{WEIGHTS}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
 
 
 def check_identity(reader: store.Reader, config: Config) -> None:
     """Refuse to go on with a checkpoint whose logical run differs from ``config``."""
-    lines = differences(reader.meta["identity"], config.identity(), "the run", "the config")
+    # Read from the config, not as saved: a key that came later than the checkpoint has its default.
+    lines = differences(saved_config(reader).identity(), config.identity(), "the run", "the config")
     if lines:
         raise ConfigError(
             f"{reader.path}: belongs to a run with another config; differing keys:\n" + "\n".join(lines) +
@@ -139,31 +155,31 @@ def saved_config(reader: store.Reader) -> Config:
         raise CheckpointError(f"{reader.path}: holds no config that this version understands: {error}") from error
 
 
-def _flat_tensors(optimizer: AdamW) -> Iterator[tuple[str, ParamSpec, Tensor]]:
-    """Kind, spec and the elements of this rank's box, for every tensor of the state."""
+def _tensors(optimizer: AdamW) -> Iterator[tuple[str, Part, Tensor]]:
+    """Kind, part and elements, for all that this rank's ranges of the buckets hold of the state."""
     buffers = optimizer.buffers
-    for bucket, state in zip(buffers.buckets, optimizer.states):
-        flats = {WEIGHTS: bucket.values, **{f"adam.{kind}": tensor for kind, tensor in state.items()}}
-        for slot in bucket.plan.slots:
-            spec = spec_of(buffers.parameters[slot.parameter])
-            for kind, flat in flats.items():
-                # Padding stands at the end of dimension 0, so the box is a prefix of the local tensor.
-                yield kind, spec, flat[slot.start : slot.start + spec.box.size]
+    for part in buffers.parts():
+        bucket = buffers.buckets[part.bucket]
+        flats = {WEIGHTS: bucket.values[bucket.mine]}
+        flats |= {f"adam.{kind}": tensor for kind, tensor in optimizer.states[part.bucket].items()}
+        for kind, flat in flats.items():
+            yield kind, part, flat[part.at]
 
 
 def _entries(optimizer: AdamW, context: ParallelContext) -> Iterator[store.Entry]:
     dp = context.dp
-    for number, (kind, spec, flat) in enumerate(_flat_tensors(optimizer)):
+    for number, (kind, part, flat) in enumerate(_tensors(optimizer)):
+        spec, piece = part.spec, part.piece
         if not spec.owner:
             continue
-        size = spec.box.size
-        if size >= _SHARED_SIZE:
-            begin, end = size * dp.rank // dp.size, size * (dp.rank + 1) // dp.size
-        elif number % dp.size == dp.rank:  # a small one is one rank's, which keeps the manifest short
-            begin, end = 0, size
-        else:
-            continue
-        yield store.Entry(f"{kind}/{spec.name}", spec.shape, Piece(spec.box, begin, end), flat[begin:end])
+        begin, end = 0, piece.size
+        if not optimizer.buffers.sharded:
+            if piece.size >= _SHARED_SIZE:
+                begin, end = piece.size * dp.rank // dp.size, piece.size * (dp.rank + 1) // dp.size
+            elif number % dp.size != dp.rank:  # a small one is one rank's, which keeps the manifest short
+                continue
+        stored = Piece(piece.box, piece.start + begin, piece.start + end)
+        yield store.Entry(f"{kind}/{spec.name}", spec.shape, stored, flat[begin:end])
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Any]:

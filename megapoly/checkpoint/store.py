@@ -6,7 +6,8 @@
 A file holds pieces as tensors: a piece that is a whole box in the shape of the box, another one flat. The manifest is
 one JSON object; its first line is the CRC-32 of the bytes after it, and every file has a CRC-32 per 1 MiB block.
 A checkpoint is written under a name that starts with a dot and renamed when it is whole, so a killed save leaves the
-earlier ones as they were. Nothing here knows of models: names, shapes and pieces are the caller's.
+earlier ones as they were. Those of a branch that the run has left move into a folder of their own. Nothing here knows
+of models: names, shapes and pieces are the caller's.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def save(
     gather: Callable[[Any], list[Any] | None] | None = None,
     broadcast: Callable[[Any], Any] | None = None,
     keep: int | None = None,
+    keep_before: int | None = None,
 ) -> Path:
     """Write one checkpoint, together with the other ranks; return its folder.
 
@@ -67,6 +69,7 @@ def save(
         gather: gives rank 0 the list of every rank's object, and the other ranks None. Needed where ``size`` > 1.
         broadcast: gives every rank rank 0's object. Needed where ``size`` > 1.
         keep: how many checkpoints up to this step to keep; older ones are removed. None keeps all.
+        keep_before: the newest checkpoint from before this step is kept too.
 
     Raises:
         CheckpointError: on every rank, if any rank failed. The earlier checkpoints are then as they were.
@@ -88,9 +91,11 @@ def save(
             problem = "; ".join(text for _, text in reports if text) or None
             if problem is None:
                 parts = [part for part, _ in reports]
-                problem = _attempt(rank, lambda: _finish(final, temporary, _manifest(step, meta, parts), keep))[1]
+                problem = _attempt(rank, lambda: _finish(final, temporary, _manifest(step, meta, parts)))[1]
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
+            elif keep is not None:
+                _prune(root, step, keep, keep_before)
         problem = tell(problem)
     if problem is None:
         return final
@@ -192,7 +197,7 @@ def _manifest(step: int, meta: dict[str, Any], reports: Sequence[dict[str, Any]]
     return {"format": _FORMAT, "version": _VERSION, "step": step, "meta": meta, "tensors": tensors, "files": files}
 
 
-def _finish(final: Path, temporary: Path, manifest: dict[str, Any], keep: int | None) -> None:
+def _finish(final: Path, temporary: Path, manifest: dict[str, Any]) -> None:
     """Check that the pieces tile the tensors, write the manifest, and give the checkpoint its name."""
     for name, tensor in manifest["tensors"].items():
         check_tiling(name, tuple(tensor["shape"]), [(piece["file"], _piece(piece)) for piece in tensor["pieces"]])
@@ -202,9 +207,14 @@ def _finish(final: Path, temporary: Path, manifest: dict[str, Any], keep: int | 
     sync_folder(temporary)
     os.rename(temporary, final)
     sync_folder(final.parent)
-    if keep is not None:
-        for old in [step for step in steps(final.parent) if step <= manifest["step"]][:-keep]:
-            _remove(folder(final.parent, old))
+
+
+def _prune(root: Path, step: int, keep: int, keep_before: int | None) -> None:
+    found = [each for each in steps(root) if each <= step]
+    kept = {*found[-keep:], *[each for each in found if keep_before is not None and each < keep_before][-1:]}
+    for old in found:
+        if old not in kept:
+            _remove(folder(root, old))
 
 
 def _remove(checkpoint: Path) -> None:
@@ -215,6 +225,33 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(hidden)
     except OSError as error:
         warnings.warn(f"{checkpoint}: an old checkpoint could not be removed ({error})", stacklevel=2)
+
+
+def retire(root: Path, after: int, name: str) -> list[int]:
+    """Move the checkpoints of steps after ``after`` into the folder ``root/name``; return their steps.
+
+    Each moves by one rename, the newest first: a kill in between leaves a row of whole checkpoints without a gap. One
+    of the same step that an interrupted start has left there before is replaced.
+
+    Raises:
+        CheckpointError: one could not be moved.
+    """
+    later = [step for step in reversed(steps(root)) if step > after]
+    try:
+        for step in later:
+            target = folder(root / name, step)
+            if target.exists():
+                _remove(target)
+            target.parent.mkdir(exist_ok=True)
+            os.rename(folder(root, step), target)
+            sync_folder(target.parent)
+            sync_folder(root)
+    except OSError as error:
+        raise CheckpointError(
+            f"{root}: checkpoint {step} of a branch that is left could not be moved into {name} ({error.strerror});"
+            " move it away by hand, then resume"
+        ) from error
+    return later
 
 
 def _checksum_line(rest: bytes) -> bytes:

@@ -24,10 +24,10 @@ TIMEOUT = 300.0
 class Loader:
     """Iterates over optimizer steps: each gives the micro-batches (``list[Batch]``) of one data-parallel rank.
 
-    The global batch of a step is the next ``train.global_batch`` samples. Data-parallel rank r of n has its r-th part
-    of n, in a row, cut into micro-batches of ``layout.micro_batch`` samples: the union over the ranks is the global
-    batch in order, under every layout. It ends where less than a global batch is left of the plan. A thread reads two
-    steps ahead; an error in it is raised here. Use it as a context manager, or call :meth:`close`.
+    The global batch of a step is the next ``config.batches.size_at(sample)`` samples. Data-parallel rank r of n has its
+    r-th part of n, in a row, cut into micro-batches of ``layout.micro_batch`` samples: the union over the ranks is the
+    global batch in order, under every layout. It ends where less than a global batch is left of the plan. A thread
+    reads two steps ahead; an error in it is raised here. Use it as a context manager, or call :meth:`close`.
 
     Args:
         config: settled for its ranks by ``config.on(world_size)``.
@@ -57,23 +57,30 @@ class Loader:
                 f"train.sequence is {config.train.sequence}, but the plan of this run has windows of {plan.sequence}"
                 f" tokens; set it to {plan.sequence}, or start a new run"
             )
-        step, part = config.train.global_batch, config.train.global_batch // config.mesh.dp
-        size, vocabulary, separate = config.layout.micro_batch, config.model.vocabulary, config.data.separate_documents
+        dp, micro_batch, batches, total = config.mesh.dp, config.layout.micro_batch, config.batches, plan.total_samples
+        vocabulary, separate = config.model.vocabulary, config.data.separate_documents
 
-        def read_step(sample: int) -> list[Batch]:
+        def read_step(sample: int, size: int) -> list[Batch]:
+            part = size // dp
             samples = sample + rank * part + np.arange(part, dtype=np.int64)
             batch = read(
                 plan, datasets, samples, vocabulary=vocabulary, separate_documents=separate, with_tokens=with_tokens
             )
-            return batch.split(size)
+            return batch.split(micro_batch)
 
-        self._steps = range(start, plan.total_samples - step + 1, step)
-        self._next, self._timeout = 0, timeout
+        def steps() -> Iterator[tuple[int, int]]:
+            """First sample and number of samples of every step."""
+            sample = start
+            while sample + (size := batches.size_at(sample)) <= total:
+                yield sample, size
+                sample += size
+
+        self._steps, self._timeout = steps(), timeout
         self._ready: queue.Queue[Any] = queue.Queue(DEPTH)
         self._failure: BaseException | None = None
         stop = threading.Event()
         thread = threading.Thread(
-            target=_fill, args=(self._ready, stop, self._steps, read_step), name="megapoly-loader", daemon=True
+            target=_fill, args=(self._ready, stop, steps(), read_step), name="megapoly-loader", daemon=True
         )
         # Also runs at interpreter exit, where a thread inside torch or numpy must not outlive them. The thread holds no
         # reference to this object, so that a forgotten loader is collected and ends its thread.
@@ -86,21 +93,21 @@ class Loader:
     def __next__(self) -> list[Batch]:
         if self._failure is not None:
             raise self._failure
-        if not self._end.alive or self._next == len(self._steps):
+        step = next(self._steps, None) if self._end.alive else None
+        if step is None:
             self.close()
             raise StopIteration
-        sample = self._steps[self._next]
+        sample, size = step
         try:
             result = self._ready.get(timeout=self._timeout)
         except queue.Empty:
             result = DataError(
-                f"samples {sample} to {sample + self._steps.step - 1} were not read within {self._timeout:g} s;"
+                f"samples {sample} to {sample + size - 1} were not read within {self._timeout:g} s;"
                 f" check that the storage of the datasets answers, then resume"
             )
         if isinstance(result, BaseException):
             self._failure = result
             raise result
-        self._next += 1
         return list(result)
 
     def close(self) -> None:
@@ -115,14 +122,17 @@ class Loader:
 
 
 def _fill(
-    ready: queue.Queue[Any], stop: threading.Event, steps: range, read_step: Callable[[int], list[Batch]]
+    ready: queue.Queue[Any],
+    stop: threading.Event,
+    steps: Iterator[tuple[int, int]],
+    read_step: Callable[[int, int], list[Batch]],
 ) -> None:
     """Thread: put every step, or the error that ended the reading. A put waits until the consumer has taken one."""
-    for sample in steps:
+    for sample, size in steps:
         if stop.is_set():
             return
         try:
-            ready.put(read_step(sample))
+            ready.put(read_step(sample, size))
         except BaseException as error:
             ready.put(error)
             return

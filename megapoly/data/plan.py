@@ -14,7 +14,8 @@ A block gives every source a whole number of its slots, its quota. So over any s
     |quota / block - weight|                 <   1 / block
 
 (at the borders of blocks the first difference is zero; inside one, a prefix is off by at most quota * (block - quota) /
-block, when all of a source's slots come first or last). Counts run 0, 1, 2, ... for every source, over all segments.
+block, when all of a source's slots come first or last). Counts run 0, 1, 2, ... for every source, over all segments;
+where data was skipped (:meth:`Plan.skipping`), they jump at the beginning of a segment.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -68,7 +69,8 @@ class Segment:
     """``samples`` samples from ``first_sample`` on, with constant weights.
 
     Every ``block`` samples in a row hold ``quotas[i]`` of source i; the last block may be cut short. ``starts[i]`` is
-    the number of samples that source i had before this segment.
+    the number of samples that source i had before this segment, ``skipped`` how many of them, over all sources, were
+    skipped and not trained.
     """
 
     first_sample: int
@@ -77,6 +79,7 @@ class Segment:
     block: int
     quotas: tuple[int, ...]
     starts: tuple[int, ...]
+    skipped: int = 0
 
     @property
     def end(self) -> int:
@@ -95,7 +98,10 @@ class Located:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, in which order. Immutable; edits of a running job make a new plan with :meth:`extended`."""
+    """What is trained, in which order.
+
+    Immutable; edits of a running job make a new plan: :meth:`extended`, :meth:`skipping`.
+    """
 
     version: int
     seed: int
@@ -128,11 +134,40 @@ class Plan:
         """
         if not 0 <= at_sample <= self.total_samples:
             raise DataError(f"plan: cannot go on from sample {at_sample}; it has samples 0 to {self.total_samples}")
-        kept = [segment for segment in self.segments if segment.first_sample < at_sample]
+        rest = _compile(stages, self.sources, self.sequence, self.seed, at_sample, self.counts_at(at_sample))
+        return replace(self, segments=(*self._before(at_sample), *rest))
+
+    def skipping(self, at_sample: int, samples: int) -> Plan:
+        """This plan up to ``at_sample``, then its rest with other data: as if ``samples`` had gone by already.
+
+        A new segment begins at ``at_sample``. Every source goes on where it would have stood ``samples`` later, so no
+        window of the skipped samples comes again in its epoch. The stages keep their lengths and weights, and the plan
+        its total.
+
+        Raises:
+            DataError: the skipped samples are not inside the plan.
+        """
+        if not 0 <= at_sample < at_sample + samples <= self.total_samples:
+            raise DataError(
+                f"plan: cannot skip {samples} samples from sample {at_sample}; it has {self.total_samples} samples"
+            )
+        rest = [
+            (segment.stage, segment.end - max(at_sample, segment.first_sample), self._weights(segment))
+            for segment in self.segments
+            if segment.end > at_sample
+        ]
+        counts = self.counts_at(at_sample + samples)
+        later = _compile(rest, self.sources, self.sequence, self.seed, at_sample, counts)
+        return replace(self, segments=(*self._before(at_sample), *later))
+
+    def _before(self, sample: int) -> list[Segment]:
+        kept = [segment for segment in self.segments if segment.first_sample < sample]
         if kept:
-            kept[-1] = replace(kept[-1], samples=at_sample - kept[-1].first_sample)
-        kept += _compile(stages, self.sources, self.sequence, self.seed, at_sample, self.counts_at(at_sample))
-        return replace(self, segments=tuple(kept))
+            kept[-1] = replace(kept[-1], samples=min(sample, kept[-1].end) - kept[-1].first_sample)
+        return kept
+
+    def _weights(self, segment: Segment) -> dict[str, float]:
+        return {source.name: quota / segment.block for source, quota in zip(self.sources, segment.quotas, strict=True)}
 
     @property
     def total_samples(self) -> int:
@@ -180,10 +215,8 @@ class Plan:
         return Located(source, window, epoch, count)
 
     def counts_at(self, sample: int) -> Int64s:
-        """Samples of every source among the first ``sample`` samples of the plan."""
-        if sample == 0:
-            return np.zeros(len(self.sources), dtype=np.int64)
-        segment = self.stage_at(sample - 1)
+        """Samples of every source, trained or skipped, before sample number ``sample`` of the plan, or its end."""
+        segment = self.segments[-1] if sample == self.total_samples else self.stage_at(sample)
         return _counts_in(self.seed, segment, sample - segment.first_sample)
 
     def stage_at(self, sample: int) -> Segment:
@@ -192,8 +225,14 @@ class Plan:
             raise DataError(f"plan: sample {sample} is outside its {self.total_samples} samples")
         return self.segments[int(np.searchsorted(self._table[0], sample, side="right")) - 1]
 
+    def stage_bounds(self, sample: int) -> tuple[int, int]:
+        """First sample of the stage that holds ``sample``, and the one after its last; it may have several segments."""
+        name = self.stage_at(sample).stage
+        inside = [segment for segment in self.segments if segment.stage == name]
+        return inside[0].first_sample, inside[-1].end
+
     def epochs(self) -> dict[str, float]:
-        """Passes over every source in the whole plan, by name; 0 where a source is not used."""
+        """Passes over every source in the whole plan, skipped ones too, by name; 0 where a source is not used."""
         counts = self.counts_at(self.total_samples).tolist()
         used = zip(self.sources, counts, self.windows.tolist(), strict=True)
         return {source.name: count / windows if count else 0.0 for source, count, windows in used}
@@ -291,7 +330,8 @@ def _compile(
     segments = []
     for name, samples, weights in stages:
         block, quotas = _quotas(name, samples, weights, sources, sequence)
-        segment = Segment(first, samples, name, block, quotas, tuple(counts.tolist()))
+        skipped = int(counts.sum()) - first
+        segment = Segment(first, samples, name, block, quotas, tuple(counts.tolist()), skipped)
         segments.append(segment)
         counts, first = _counts_in(seed, segment, samples), segment.end
     return segments
@@ -334,17 +374,20 @@ def _check(plan: Plan) -> None:
     sizes = [plan.sequence, *(source.tokens + 1 for source in plan.sources)]
     if min(sizes) < 1 or max(sizes) > LIMIT:
         raise DataError(f"plan: expected a sequence of at least 1 and tokens of at least 0; found {sizes}")
-    end = 0
+    end = skipped = 0
     for i, segment in enumerate(plan.segments):
         where, quotas, starts = f"plan: segment {i} ({segment.stage})", segment.quotas, segment.starts
         if segment.first_sample != end or segment.samples < 1 or segment.end > LIMIT:
             raise DataError(f"{where}: starts at sample {segment.first_sample} with {segment.samples}; expected {end}")
         if not len(quotas) == len(starts) == len(names) or min(*quotas, *starts) < 0:
             raise DataError(f"{where}: expected a quota and a start of at least 0 for each of {len(names)} sources")
-        if sum(quotas) != segment.block or not 1 <= segment.block <= BLOCK or sum(starts) != end:
+        if segment.skipped < skipped:
+            raise DataError(f"{where}: {segment.skipped} samples skipped, fewer than the {skipped} before it")
+        skipped = segment.skipped
+        if sum(quotas) != segment.block or not 1 <= segment.block <= BLOCK or sum(starts) != end + skipped:
             raise DataError(
                 f"{where}: block {segment.block}, sum of quotas {sum(quotas)}, sum of starts {sum(starts)}; expected a"
-                f" block of at most {BLOCK}, the same, and {end}"
+                f" block of at most {BLOCK}, the same, and {end} samples before it + {skipped} skipped"
             )
         empty = [
             name for name, quota, windows in zip(names, quotas, plan.windows, strict=True) if quota and not windows
@@ -355,12 +398,16 @@ def _check(plan: Plan) -> None:
 
 
 def _checked(document: Any, kind: type, where: str) -> dict[str, Any]:
-    """Values of a dataclass from JSON: every field there, no other, each of its type."""
+    """Values of a dataclass from JSON: every field without a default there, no other than its fields, each of its type.
+
+    A field with a default is one that came later: older documents have none.
+    """
     expected = {field.name: field.type for field in fields(kind)}
-    if not isinstance(document, Mapping) or set(document) != set(expected):
+    later = {field.name for field in fields(kind) if field.default is not MISSING}
+    if not isinstance(document, Mapping) or not expected.keys() - later <= document.keys() <= expected.keys():
         found = sorted(document) if isinstance(document, Mapping) else type(document).__name__
         raise DataError(f"{where}: found {found}, expected the keys {sorted(expected)}")
-    return {key: _value(document[key], str(expected[key]), f"{where}.{key}") for key in expected}
+    return {key: _value(document[key], str(expected[key]), f"{where}.{key}") for key in expected if key in document}
 
 
 def _value(value: Any, kind: str, where: str) -> Any:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from megapoly.checkpoint import files, store
 from megapoly.checkpoint.pieces import check_tiling
-from megapoly.checkpoint.store import Entry, Reader, newest, save, steps
+from megapoly.checkpoint.store import Entry, Reader, newest, retire, save, steps
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 
@@ -375,6 +375,15 @@ def test_a_step_that_is_there_is_refused(tmp_path):
     assert read(Reader(newest(tmp_path)), "w").item() == 1
 
 
+def test_the_newest_checkpoint_from_before_a_step_is_kept_too(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, [], {})
+    save(tmp_path, 50, [], {}, keep=2, keep_before=30)
+    assert steps(tmp_path) == [20, 40, 50]
+    save(tmp_path, 60, [], {}, keep=1, keep_before=15)
+    assert steps(tmp_path) == [60]
+
+
 def test_keep_removes_older_checkpoints_only(tmp_path):
     for step in (30, 10, 20):
         save(tmp_path, step, [], {})
@@ -399,6 +408,44 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkey
     with pytest.warns(UserWarning, match="step-00000001: an old checkpoint could not be removed .*Permission denied"):
         save(tmp_path, 2, [], {}, keep=1)
     assert steps(tmp_path) == [1, 2]
+
+
+def test_a_branch_that_is_left_moves_into_a_folder_of_its_own(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, [whole("w", torch.tensor([float(step)]))], {})
+    assert retire(tmp_path, 40, "left-branch-0") == []
+    assert not (tmp_path / "left-branch-0").exists()
+    assert retire(tmp_path, 20, "left-branch-0") == [40, 30]
+    assert steps(tmp_path) == [10, 20]
+    assert steps(tmp_path / "left-branch-0") == [30, 40]
+    assert read(Reader(tmp_path / "left-branch-0/step-00000030"), "w").item() == 30
+    save(tmp_path, 30, [whole("w", torch.tensor([3.0]))], {})  # the new branch's own
+    assert retire(tmp_path, 20, "left-branch-0") == [30]  # an interrupted start had left one there: it is replaced
+    assert read(Reader(tmp_path / "left-branch-0/step-00000030"), "w").item() == 3
+    assert steps(tmp_path / "left-branch-0") == [30, 40]
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_an_interrupted_retirement_leaves_whole_checkpoints_without_a_gap(tmp_path, monkeypatch, moved):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, [whole("w", torch.tensor([float(step)]))], {})
+    rename, done = os.rename, []
+
+    def few(source, target):
+        if len(done) == moved:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        done.append(rename(source, target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", few)
+        with pytest.raises(
+            CheckpointError, match=rf"checkpoint {40 - 10 * moved} of a branch .* \(Input/output error\)"
+        ):
+            retire(tmp_path, 10, "left-branch-0")
+    assert steps(tmp_path) == [10, 20, 30, 40][: 4 - moved]
+    assert steps(tmp_path / "left-branch-0") == [20, 30, 40][3 - moved :]
+    assert retire(tmp_path, 10, "left-branch-0") == [40, 30, 20][moved:]
+    assert [read(Reader(tmp_path / f"left-branch-0/step-000000{n}"), "w").item() for n in (20, 30, 40)] == [20, 30, 40]
 
 
 def test_steps_and_newest(tmp_path):

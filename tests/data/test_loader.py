@@ -69,6 +69,29 @@ def test_ranks_together_give_the_global_batches_in_order(dp, micro_batch, separa
             assert parts == [None] * len(parts) if whole is None else torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("start", [0, 14, 30, 48])
+@pytest.mark.parametrize("dp", [1, 2])
+def test_batches_of_a_ramp(dp, start):
+    tree = make_config(global_batch=8, dp=dp).document()
+    tree["train"]["batch_ramp"] = {"start": 2, "increment": 2, "tokens": 40 * 8}
+    config = configuration.parse(tree)
+    datasets = make_datasets()
+    plan = plan_from_config(config, datasets)
+    sizes = [2] * 7 + [4] * 4 + [6] * 3 + [8] * 9
+    starts = [0, *itertools.accumulate(sizes)]
+    assert starts[-1] == plan.total_samples == 120
+    by_rank = []
+    for rank in range(dp):
+        with Loader(config, plan, datasets, start=start, rank=rank) as loader:
+            by_rank.append(list(loader))
+    for parts, first, size in zip(
+        zip(*by_rank, strict=True), starts[starts.index(start) : -1], sizes[starts.index(start) :], strict=True
+    ):
+        assert [len(part) for part in parts] == [size // dp] * dp
+        samples = torch.cat([batch.samples for part in parts for batch in part])
+        assert samples.tolist() == list(range(first, first + size))
+
+
 @pytest.mark.parametrize(("start", "steps"), [(0, 15), (4, 14), (3, 14), (56, 1), (57, 0), (60, 0), (64, 0)])
 def test_it_ends_where_less_than_a_global_batch_is_left(start, steps):
     config, datasets = make_config(), make_datasets()

@@ -247,9 +247,65 @@ def test_an_edit_repeats_and_loses_nothing(plan, data):
     check_walk(edited.extended(again, data.draw(stages_of([s.name for s in plan.sources]))))
 
 
+def rows(located):
+    """(source, epoch, window) of every sample."""
+    return list(zip(*(getattr(located, name).tolist() for name in ("source", "epoch", "window")), strict=True))
+
+
+@few
+@given(plans(), st.data())
+def test_skipped_data_does_not_come_again(plan, data):
+    """Skips one after the other, also from before an earlier one: what was skipped stays unread, nothing else does."""
+    total = plan.total_samples
+    lengths = {segment.stage: segment.samples for segment in plan.segments}
+    for _ in range(2):
+        at = data.draw(st.integers(0, total - 1))
+        count = data.draw(st.integers(1, total - at))
+        skipping = plan.skipping(at, count)
+        assert rows(skipping.locate(np.arange(at))) == rows(plan.locate(np.arange(at)))
+        left_out = rows(plan.locate(np.arange(at, at + count)))
+        seen = rows(everything(skipping))
+        assert len(set(seen)) == len(seen) == total
+        assert not set(left_out) & set(seen)
+        position = plan.counts_at(at + count)
+        np.testing.assert_array_equal(skipping.counts_at(at), position)
+        after = skipping.locate(np.arange(at, total))
+        for i, first in enumerate(position.tolist()):
+            counts = after.count[after.source == i].tolist()
+            assert counts == list(range(first, first + len(counts)))
+        by_stage: Counter[str] = Counter()
+        for segment in skipping.segments:
+            by_stage[segment.stage] += segment.samples
+        assert by_stage == lengths
+        assert skipping.segments[-1].skipped == position.sum() - at
+        assert Plan.from_document(json.loads(json.dumps(skipping.to_document()))) == skipping
+        plan = skipping
+
+
+def test_the_rest_after_a_skip_keeps_its_shares():
+    weights = {"x": 0.25, "y": 0.75}
+    plan = Plan.build([("a", 40, weights), ("b", 60, HALF)], [source("x", 99), source("y", 99)], SEQUENCE, 1)
+    skipping = plan.skipping(8, 12)
+    first, rest, last = skipping.segments
+    assert first == dataclasses.replace(plan.segments[0], samples=8)
+    assert (rest.first_sample, rest.samples, rest.stage, rest.block, rest.quotas) == (8, 32, "a", 32, (8, 24))
+    assert (rest.starts, rest.skipped) == (tuple(plan.counts_at(20).tolist()), 12)
+    assert (last.first_sample, last.samples, last.stage, last.quotas, last.skipped) == (40, 60, "b", (30, 30), 12)
+    assert skipping.epochs() == {
+        name: pytest.approx(count / 99) for name, count in zip("xy", skipping.counts_at(100).tolist(), strict=True)
+    }
+    for at, count in [(8, 0), (-1, 5), (90, 11), (100, 1)]:
+        with pytest.raises(DataError, match=f"cannot skip {count} samples from sample {at}; it has 100"):
+            plan.skipping(at, count)
+
+
 @given(plans())
 def test_plan_survives_json(plan):
-    assert Plan.from_document(json.loads(json.dumps(plan.to_document()))) == plan
+    document = json.loads(json.dumps(plan.to_document()))
+    assert Plan.from_document(document) == plan
+    for segment in document["segments"]:  # of the time when nothing was skipped
+        del segment["skipped"]
+    assert Plan.from_document(document) == plan
 
 
 def test_seek_far_into_a_long_run():
@@ -358,6 +414,8 @@ def test_documents_that_are_damaged(fault):
         ({"quotas": [10, 11]}, "sum of quotas 21"),
         ({"quotas": [30, -10]}, "at least 0"),
         ({"starts": [5, 6]}, "sum of starts 11"),
+        ({"skipped": 1}, r"sum of starts 10; .* 10 samples before it \+ 1 skipped"),
+        ({"skipped": -1}, "-1 samples skipped, fewer than the 0 before it"),
         ({"starts": [10]}, "each of 2 sources"),
         ({"block": 10**9, "quotas": [10**9, 0]}, "at most 65536"),
         ({"starts": [5, "5"]}, r"plan.segments.1.starts.1: found '5', expected int"),
