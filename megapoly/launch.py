@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import uuid
@@ -21,12 +21,20 @@ from rich.console import Console
 
 from megapoly import comm
 from megapoly import config as configuration
+from megapoly.comm import PeerLost
+from megapoly.config import Config
 from megapoly.context import ParallelContext
 from megapoly.errors import ConfigError, MegapolyError, TrainingError, everywhere
 from megapoly.mesh import Mesh
-from megapoly.trainer import Resume, prepare, train
+from megapoly.profiling import parse_steps
+from megapoly.run import Resume, prepare
+from megapoly.trainer import train
+from megapoly.watchdog import Watchdog
 
-TIMEOUT = datetime.timedelta(minutes=10)
+RENDEZVOUS = datetime.timedelta(minutes=10)  # in which all ranks have to come
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class StopRequest:
@@ -68,7 +76,7 @@ def _fresh_store() -> dist.Store:
     vain. The ranks cannot count starts, since agents that restart together count apart. So rank 0 makes up a prefix and
     answers with it to what each rank asks under a name that it made up too, until all have it.
     """
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS)))
     prefix = uuid.uuid4().hex
     if rank > 0:
         question = uuid.uuid4().hex
@@ -76,7 +84,7 @@ def _fresh_store() -> dist.Store:
         prefix = store.get(f"megapoly/answer/{question}").decode()
         store.add(f"megapoly/heard/{prefix}", 1)
         return dist.PrefixStore(prefix, store)
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    deadline = time.monotonic() + RENDEZVOUS.total_seconds()
     answered: set[bytes] = set()
     while store.add(f"megapoly/heard/{prefix}", 0) < size - 1:
         for other in range(1, size):
@@ -87,7 +95,7 @@ def _fresh_store() -> dist.Store:
                     store.set(f"megapoly/answer/{question.decode()}", prefix)
         if time.monotonic() > deadline:
             raise TrainingError(
-                f"not all of the {size} ranks came within {TIMEOUT}; start them with one torchrun command"
+                f"not all of the {size} ranks came within {RENDEZVOUS}; start them with one torchrun command"
             )
         time.sleep(0.01)
     return dist.PrefixStore(prefix, store)
@@ -102,6 +110,11 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and count == 0):
         return torch.device("cpu")
+    if count == 0:
+        raise ConfigError(
+            f"layout.device {wanted!r}: torch finds no GPU on this machine; set it to 'cpu' or 'auto', or install"
+            " a build of torch for its GPUs"
+        )
     if local_rank >= count:
         raise ConfigError(
             f"layout.device {wanted!r}: local rank {local_rank} was started on a machine with {count} GPUs; start"
@@ -110,8 +123,22 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for the next step, on a CPU.
+
+    It would give large blocks back to the system, and every step would take its activations' pages anew: a tenth of its
+    time. The process grows to its peak, and by a quarter more.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 @contextmanager
-def parallel(mesh: Mesh, rank: int, device: torch.device) -> Iterator[ParallelContext]:
+def parallel(
+    mesh: Mesh, rank: int, device: torch.device, store: dist.Store, timeout: datetime.timedelta
+) -> Iterator[ParallelContext]:
     """Process groups for ``mesh`` while the block runs: NCCL on GPUs, gloo on CPUs.
 
     An error in the block leaves the groups as they are: to take them down in order would wait for the other ranks.
@@ -119,59 +146,91 @@ def parallel(mesh: Mesh, rank: int, device: torch.device) -> Iterator[ParallelCo
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if mesh.world_size > 1:
         backend = "nccl" if gpu else "gloo"
-        # With its device NCCL connects all ranks here. Else the first message of each pair of ranks would block both
-        # until they are connected, which the order of a schedule's messages does not allow for.
         dist.init_process_group(
             backend,
-            store=_fresh_store(),
+            store=store,
             rank=rank,
             world_size=mesh.world_size,
-            timeout=TIMEOUT,
+            timeout=timeout,
             device_id=device if gpu else None,
         )
-    yield ParallelContext.create(mesh, device, TIMEOUT)
+    context = ParallelContext.create(mesh, device, timeout)
+    for axis in (context.pp, context.backward):
+        comm.connect(axis, device)
+    yield context
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _neighbours(context: ParallelContext) -> dict[int, int]:
-    """Process id of every rank on this machine. Collective."""
-    mine = (socket.gethostname(), os.getpid())
-    everyone = comm.broadcast_object(comm.gather_objects(mine, context.control), context.control)
-    return {rank: pid for rank, (host, pid) in enumerate(everyone) if host == mine[0]}
+@contextmanager
+def _listening(stop: StopRequest) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask to stop. Before, where ranks wait for each other with no watchdog yet, they end.
+
+    After an error they still do no more than ask, so that this rank can say what it has lost: torchrun sends SIGTERM.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, stop) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
-def _is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        # A killed process stays in the table until its parent has asked for its end.
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[-1].split()[0] == "Z"
-    except ProcessLookupError:
-        return True
-    except OSError:  # no /proc
-        return False
+def _tell_torchrun(text: str, *, lost_a_peer: bool) -> None:
+    """Leave the message where torchrun looks for the cause of a failure, which it prints last.
 
-
-def _explain(error: MegapolyError, neighbours: dict[int, int]) -> str:
-    """The message; of a lost peer, which one it was, if it ran on this machine."""
-    if isinstance(error, comm.PeerLost):
-        gone = [str(rank) for rank, pid in neighbours.items() if _is_gone(pid)]
-        if gone:
-            return f"{error.what} failed: rank {', '.join(gone)} is gone"
-    return str(error)
-
-
-def _tell_torchrun(text: str) -> None:
-    """Leave the message where torchrun looks for the cause of a failure, which it prints last."""
+    It takes the earliest one for the cause, and may see that a rank was killed after its peers did: they are dated 2 s
+    later.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
+        content = {"message": text, "timestamp": int(time.time()) + 2 * lost_a_peer}
         with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
-def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: int | None) -> int:
+def _say(text: str) -> None:
+    sys.stderr.write(f"megapoly: {text}\n")  # in one piece: other ranks write too
+    sys.stderr.flush()
+
+
+def _abort(text: str) -> None:
+    """End this process at once, as its watchdog asks while the main thread waits in vain."""
+    _tell_torchrun(text, lost_a_peer=True)
+    _say(text)
+    os._exit(1)
+
+
+def _watchdog(config: Config, rank: int, store: dist.Store) -> Watchdog:
+    return Watchdog(
+        dist.PrefixStore("watchdog", store.clone()),  # type: ignore[attr-defined]  # missing in torch's stubs
+        config.mesh,
+        rank,
+        patience=config.log.hang_seconds,
+        timeout=config.layout.timeout_seconds,
+        say=_say,
+        end=_abort,
+    )
+
+
+@contextmanager
+def joined(path: Path, overrides: list[str]) -> Iterator[tuple[Config, ParallelContext]]:
+    """Config and process groups of a command that does not train, alone or as one rank of a torchrun."""
+    rank, size, local_rank = world()
+    config = configuration.load(path, overrides).on(size)
+    device = choose_device(config.layout.device, local_rank)
+    timeout = datetime.timedelta(seconds=config.layout.timeout_seconds)
+    store = _fresh_store() if size > 1 else dist.HashStore()
+    with parallel(config.mesh, rank, device, store, timeout) as context:
+        yield config, context
+
+
+def run_training(
+    path: Path, overrides: list[str], resume: Resume, stop_step: int | None, profile: str | None = None
+) -> int:
     """``megapoly train``; the exit code. An error that all ranks share is said once on each machine.
 
     After a restart by torchrun (``--max-restarts``) the run goes on from its newest whole checkpoint, if it has one.
@@ -181,24 +240,31 @@ def run_training(path: Path, overrides: list[str], resume: Resume, stop_step: in
     rank, size, local_rank = world()
     console = Console(quiet=rank != 0, highlight=False, soft_wrap=True)
     stop = StopRequest()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    neighbours: dict[int, int] = {}
+    watchdog: Watchdog | None = None
     try:
         try:
+            profiled = parse_steps(profile) if profile else range(0)
             config = configuration.load(path, overrides).on(size)
             device = choose_device(config.layout.device, local_rank)
         except ConfigError as error:
             raise everywhere(error) from None
-        with parallel(config.mesh, rank, device) as context:
-            neighbours = _neighbours(context)
+        timeout = datetime.timedelta(seconds=config.layout.timeout_seconds)
+        store = _fresh_store() if size > 1 else dist.HashStore()
+        watchdog = _watchdog(config, rank, store)
+        with watchdog, parallel(config.mesh, rank, device, store, timeout) as context, _listening(stop):
             run = prepare(config, context, resume)
-            train(run, console, stop_step=stop_step, stopping=lambda: stop.asked)
+            watchdog.watch(run.standing)
+            train(run, console, stop_step=stop_step, stopping=lambda: stop.asked, profile=profiled)
     except MegapolyError as error:
-        text = _explain(error, neighbours)
-        _tell_torchrun(text)
+        text = str(error)
+        if watchdog is not None and isinstance(error, PeerLost):
+            who = watchdog.lost(wait=3.0)
+            text = f"{f'{error.what} failed: {who}' if who else text}; {watchdog.standing()}"
+        _tell_torchrun(text, lost_a_peer=isinstance(error, PeerLost))
         if local_rank == 0 or not error.everywhere:
-            who = "megapoly" if error.everywhere or size == 1 else f"megapoly: rank {rank}"
-            print(f"{who}: {text}", file=sys.stderr, flush=True)
+            _say(text if error.everywhere or size == 1 else f"rank {rank}: {text}")
+        if size > 1 and not error.everywhere:
+            sys.stdout.flush()
+            os._exit(1)  # taking down groups that have lost a rank may wait for it
         return 1
     return 0

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from rich.columns import Columns
 from rich.console import Console, RenderableType
 from tensorboard.summary import Writer
 
-from megapoly.config import Config, Model
+from megapoly.config import Config
 from megapoly.context import ParallelContext, Traffic
+from megapoly.models.cost import flops_per_token
+from megapoly.stragglers import NOTABLE, Report
 
 # Dense bf16 peaks of one device in TFLOP/s, from the vendors' data sheets.
 # The first name that the device's name holds counts.
@@ -26,29 +29,15 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def parameter_count(model: Model) -> int:
-    """Logical parameters, position table included; the tied embedding counts once."""
-    h, f = model.hidden, model.ffn
-    kv = 2 * model.groups * model.head_dim
-    layer = h * (h + kv) + (h + kv) + h * h + h + 2 * h * f + f + h + 4 * h
-    return model.layers * layer + (model.vocabulary + model.positions) * h + 2 * h
-
-
-def flops_per_token(model: Model, sequence: int) -> float:
-    """Forward and backward, as 6 N + 12 layers x hidden x sequence (Chowdhery et al., arXiv 2204.02311, appendix B).
-
-    N leaves out the position table, which is not multiplied. Causality is not discounted.
-    """
-    n = parameter_count(model) - model.positions * model.hidden
-    return 6.0 * n + 12.0 * model.layers * model.hidden * sequence
-
-
 class Recorder:
     """Writes on rank 0 only; on other ranks every method returns at once.
 
     Args:
         sources: names in the order of the plan; each has a language in ``config.data.sources``.
         last_step: at which this start of the run ends, for the time left.
+
+    Steps that are left, by a rollback or because the run was resumed from before them, do not mix with those that take
+    their place: their events move to ``log.left-at-STEP.jsonl``, and TensorBoard goes on in a folder of its own.
     """
 
     def __init__(
@@ -57,17 +46,14 @@ class Recorder:
         self.config, self.context, self.sources, self.console = config, context, sources, console
         self.languages = [config.data.sources[name].language for name in sources]
         self.active = context.rank == 0
-        self.last_tokens = last_step * config.step_tokens
+        self.last_tokens = config.batches.sample_at(last_step) * config.train.sequence
         self.began = time.perf_counter()
         self.first_tokens: int | None = None
         self._live = False
         self._writer: Writer | None = None
         self._since_line = self._no_sums()  # losses and counted tokens by source since the last line
-        folder = config.train.directory
         if self.active:
-            self._log = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
-            if config.log.tensorboard:
-                self._writer = Writer(str(folder / "tensorboard"))
+            self._log = (config.train.directory / "log.jsonl").open("a", encoding="utf-8", buffering=1)
         peak = config.log.peak_tflops or (_known_peak(context.device) if config.train.precision == "bf16" else None)
         self.peak_flops = peak * 1e12 * context.mesh.world_size if peak else None
         self.flops = flops_per_token(config.model, config.train.sequence)
@@ -80,9 +66,8 @@ class Recorder:
         self.console.print(what)
 
     def start(self, step: int, sample: int, tokens: int, resumed_from: str | None) -> None:
-        """A start of the run. Events of steps after ``step``, of a branch that is left, move to a file of their own."""
-        if self.active:
-            self._leave_branch(step)
+        """A start of the run at ``step``; later steps are left."""
+        self._branch_off(step)
         self._event(
             "start", step=step, sample=sample, tokens=tokens, layout=str(self.context.mesh), resumed_from=resumed_from
         )
@@ -91,18 +76,21 @@ class Recorder:
         """One step.
 
         Args:
-            values: step, tokens, sample, stage, stage_share, loss, learning_rate, gradient_norm, and by number of the
-                source source_loss (sums) and source_tokens.
+            values: step, tokens, sample, stage, stage_share, batch_size (samples), loss, learning_rate, gradient_norm,
+                parameter_norm, zero_gradients, skipped (why the weights were not updated, or empty), skipped_steps so
+                far, under loss scaling loss_scale and overflows so far, and by number of the source source_loss (sums)
+                and source_tokens. What is not finite is logged as null.
             seconds: the step's time in all (``step``) and by part.
             traffic: of the step, by axis.
         """
         if not self.active:
             return
-        begin_tokens = values["tokens"] - self.config.step_tokens
+        step_tokens = values["batch_size"] * self.config.train.sequence
         if self.first_tokens is None:
-            self.first_tokens, self.began = begin_tokens, time.perf_counter() - seconds["step"]
-        speed = self.config.step_tokens / seconds["step"]
+            self.first_tokens, self.began = values["tokens"] - step_tokens, time.perf_counter() - seconds["step"]
+        speed = step_tokens / seconds["step"]
         sums, counts = values.pop("source_loss"), values.pop("source_tokens")
+        values = {key: _finite(value) for key, value in values.items()}
         waiting = sum(axis.seconds for axis in traffic.values())
         self._event(
             "train",
@@ -115,13 +103,14 @@ class Recorder:
                 for name, axis in traffic.items()
             },
             sources={
-                name: {"loss": total / count, "tokens": count}
+                name: {"loss": _finite(total / count), "tokens": count}
                 for name, total, count in zip(self.sources, sums, counts)
                 if count
             },
         )
-        for kept, new in zip(self._since_line, (sums, counts)):
-            kept[:] = [a + b for a, b in zip(kept, new)]
+        if values["loss"] is not None:
+            for kept, new in zip(self._since_line, (sums, counts)):
+                kept[:] = [a + b for a, b in zip(kept, new)]
         if values["step"] % self.config.log.every_steps:
             return
         self._line(values, speed)
@@ -132,6 +121,29 @@ class Recorder:
             self._scalar(f"train/loss by language/{language}", loss, values["tokens"])
         self._since_line = self._no_sums()
         self._scalars(values, speed, waiting / seconds["step"], seconds)
+
+    def rollback(self, cause: str, *, step: int, sample: int, tokens: int, **details: Any) -> None:
+        """A rollback to ``step``; what came after it is left.
+
+        Args:
+            cause: a sentence.
+            details: branch, parent, left_at_step, skipped_samples, and retired: steps of checkpoints.
+        """
+        self._branch_off(step, always=True)
+        self._event("rollback", step=step, sample=sample, tokens=tokens, cause=cause, **details)
+        self.first_tokens, self._since_line = None, self._no_sums()
+        if self.active:
+            moved = f"; later checkpoints are in left-branch-{details['parent']}" if details["retired"] else ""
+            self.note(
+                f"{cause}. Back to the checkpoint of step {step}; goes on as branch {details['branch']}, without the"
+                f" next {details['skipped_samples']} samples{moved}"
+            )
+
+    def stragglers(self, report: Report) -> None:
+        """The slowest rank and stage of an interval; on the terminal where that rank is far from the median."""
+        self._event("stragglers", **asdict(report), over_median=report.over_median)
+        if report.over_median >= NOTABLE:
+            self.note(str(report))
 
     def validation(
         self, at: str, step: int, tokens: int, sums: list[float], counts: list[float], sizes: list[float]
@@ -169,14 +181,28 @@ class Recorder:
         if self._writer is not None:
             self._writer.close()
 
-    def _leave_branch(self, step: int) -> None:
+    def _branch_off(self, step: int, always: bool = False) -> None:
+        if not self.active:
+            return
+        left = self._leave_events(step)
+        if self.config.log.tensorboard and (always or left or self._writer is None):
+            if self._writer is not None:
+                self._writer.close()
+            root = self.config.train.directory / "tensorboard"
+            parts = sorted(root.glob("*-from-step-*"), key=lambda path: int(path.name.partition("-")[0]))
+            if always or left:
+                parts.append(root / f"{len(parts) + 1}-from-step-{step}")
+            self._writer = Writer(str(parts[-1] if parts else root))
+
+    def _leave_events(self, step: int) -> bool:
+        """Move the events of steps after ``step`` to a file of their own; whether there were any."""
         path = self.config.train.directory / "log.jsonl"
         kept: list[str] = []
         left: list[str] = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             (kept if json.loads(line)["step"] <= step else left).append(line)
         if not left:
-            return
+            return False
         with (path.parent / f"log.left-at-{step}.jsonl").open("a", encoding="utf-8") as old:
             old.writelines(left)
         self._log.close()
@@ -184,6 +210,7 @@ class Recorder:
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
         self._log = path.open("a", encoding="utf-8", buffering=1)
+        return True
 
     def _no_sums(self) -> tuple[list[float], list[float]]:
         return [0.0] * len(self.sources), [0.0] * len(self.sources)
@@ -201,14 +228,30 @@ class Recorder:
         done = values["tokens"] - self.first_tokens
         left = (self.last_tokens - values["tokens"]) * (time.perf_counter() - self.began) / max(1, done)
         step = f"step {values['step']:>5}/{self.config.total_steps}  {values['stage']} {values['stage_share']:4.0%}"
-        loss, speed_text, clock = f"loss {values['loss']:.4f}", f"{_si(speed)} tokens/s", f"left {_clock(left)}"
-        rate, norm = f"lr {values['learning_rate']:.2e}", f"norm {values['gradient_norm']:.2f}"
-        whole = (step, f"{_si(values['tokens'])} tokens", loss, rate, norm, speed_text, clock)
+        loss = "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"
+        if values["skipped"]:
+            loss += f" (skipped: {values['skipped']})"
+        speed_text, clock = f"{_si(speed)} tokens/s", f"left {_clock(left)}"
+        rate, norm = f"lr {values['learning_rate']:.2e}", f"norm {_number(values['gradient_norm'])}"
+        more = (
+            f"weights {_number(values['parameter_norm'])}  zeros {_si(values['zero_gradients'])}",
+            f"batch {values['batch_size']}",
+            *([f"scale {values['loss_scale']:g}"] if "loss_scale" in values else []),
+            *([f"skipped {skips}"] if (skips := values["skipped_steps"] + values.get("overflows", 0)) else []),
+        )
+        tokens = f"{_si(values['tokens'])} tokens"
+        whole = (step, tokens, loss, rate, norm, *more, speed_text, clock)
         if not self.console.is_terminal:
             self.console.print("  ".join(whole))
             return
         # A line that wraps could not be written over: the narrower the terminal, the fewer fields.
-        forms = (whole, (step, loss, rate, norm, speed_text, clock), (step, loss, speed_text, clock), (step, clock))
+        forms = (
+            whole,
+            (step, tokens, loss, rate, norm, speed_text, clock),
+            (step, loss, rate, norm, speed_text, clock),
+            (step, loss, speed_text, clock),
+            (step, clock),
+        )
         text = next((t for t in map("  ".join, forms) if len(t) < self.console.width), step)
         self.console.file.write(f"\r\x1b[K{text}")
         self.console.file.flush()
@@ -222,8 +265,12 @@ class Recorder:
         seconds: Mapping[str, float],
     ) -> None:
         tokens = values["tokens"]
-        for key in ("loss", "learning_rate", "gradient_norm"):
-            self._scalar(f"train/{key}", values[key], tokens)
+        for key in (
+            "loss", "learning_rate", "gradient_norm", "parameter_norm", "zero_gradients", "batch_size", "loss_scale",
+            "skipped_steps", "overflows",
+        ):  # fmt: skip
+            if values.get(key) is not None:
+                self._scalar(f"train/{key}", values[key], tokens)
         self._scalar("speed/tokens per second", speed, tokens)
         self._scalar("speed/model TFLOP per second", speed * self.flops / 1e12, tokens)
         if self.peak_flops:
@@ -255,6 +302,15 @@ def _peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def _finite(value: Any) -> Any:
+    """None in place of what JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2f}"
 
 
 def _si(value: float) -> str:

@@ -1,57 +1,29 @@
-"""The training loop: a run folder, its plan and data, steps, validation, checkpoints."""
+"""The training loop: steps, what to do about those that go wrong, validation, checkpoints."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
-import numpy as np
-import torch
 from rich.console import Console
 
 from megapoly import comm
-from megapoly.checkpoint import state, store
+from megapoly.checkpoint import store
 from megapoly.checkpoint.state import Counters
-from megapoly.config import Config
-from megapoly.context import ParallelContext
-from megapoly.data.files import write_whole
-from megapoly.data.indexed import IndexedDataset
-from megapoly.data.loader import Loader, open_datasets
-from megapoly.data.plan import Plan, check_datasets, plan_from_config
-from megapoly.data.samples import Batch, validation
-from megapoly.data.tokenizer import Tokenizer
-from megapoly.engine import Engine
-from megapoly.errors import CheckpointError, ConfigError, MegapolyError, everywhere
-from megapoly.metrics import Recorder, parameter_count
+from megapoly.data.loader import Loader
+from megapoly.engine import StepResult
+from megapoly.errors import TrainingError
+from megapoly.metrics import Recorder
+from megapoly.models.cost import parameter_count, stage_flops, stage_layers
 from megapoly.optim.lr import learning_rate
-
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.json"
-_VALIDATION_BATCHES = 32  # micro-batches of one pass, which bounds what is on the device
-T = TypeVar("T")
-Resume = Literal["never", "always", "if-any"]
-
-
-@dataclass
-class Run:
-    """Everything that a loop needs; ``counters`` move on."""
-
-    config: Config
-    context: ParallelContext
-    engine: Engine
-    plan: Plan
-    datasets: dict[str, IndexedDataset]
-    tokenizer: Tokenizer
-    counters: Counters
-    resumed_from: Path | None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.config.train.directory / CHECKPOINTS
+from megapoly.pipeline import schedule
+from megapoly.pipeline.timeline import simulate
+from megapoly.profiling import Profiler
+from megapoly.run import Run, agree
+from megapoly.stability import Rollback, Spike
+from megapoly.validation import validate
 
 
 def train(
@@ -60,263 +32,222 @@ def train(
     *,
     stop_step: int | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    profile: range = range(0),
 ) -> Counters:
     """Train to the end of the plan, to ``stop_step``, or until some rank's ``stopping()``; save; return the counters.
 
-    Collective.
+    Collective. Writes a trace of the steps of ``profile``, and says of which it does not.
     """
     last = run.config.total_steps if stop_step is None else min(stop_step, run.config.total_steps)
     recorder = Recorder(run.config, run.context, [source.name for source in run.plan.sources], console, last)
     try:
         _announce(run, recorder)
-        _loop(run, recorder, last, stopping)
+        with Profiler(profile, run.config.train.directory, run.context, recorder.note) as profiler:
+            profiler.announce(run.counters.step + 1, last)
+            _loop(run, recorder, profiler, last, stopping)
     finally:
         recorder.close()
     return run.counters
 
 
-def prepare(config: Config, context: ParallelContext, resume: Resume = "never") -> Run:
-    """A run that is ready to train, new or from its newest whole checkpoint.
-
-    Collective. An error on some ranks is raised on all, so that none is left waiting.
-
-    Args:
-        resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint
-            where there is one and else begins: for jobs that are queued or restarted by themselves.
-    """
-    control = context.control
-    _agree(context, lambda: _check_same(config, context))
-    # Rank 0 alone looks into the folder: what another rank sees of a network file system may be older.
-    path = _agree(context, lambda: _choose(config, resume) if context.rank == 0 else None)
-    path = comm.broadcast_object(path, control)
-    run = _agree(context, lambda: _prepare(config, context, path))
-    if path is None:
-        _agree(context, lambda: _write_config(config) if context.rank == 0 else None)
-    return run
-
-
-def _agree(context: ParallelContext, work: Callable[[], T]) -> T:
-    """``work()`` of this rank, once every rank has done its own; the error of any rank is raised on all."""
-    result: Any = None
-    error = None
-    try:
-        result = work()
-    except MegapolyError as caught:
-        error = caught
-    outcomes = comm.broadcast_object(comm.gather_objects(error, context.control), context.control)
-    first = next((outcome for outcome in outcomes if outcome is not None), None)
-    if first is not None:
-        raise everywhere(first)
-    return result
-
-
-def _check_same(config: Config, context: ParallelContext) -> None:
-    """Two machines may have been given different files."""
-    document = config.document()
-    mine = {**config.identity(), **{key: document[key] for key in ("layout", "checkpoint", "validation", "log")}}
-    lines = state.differences(comm.broadcast_object(mine, context.control), mine, "rank 0", f"rank {context.rank}")
-    if lines:
-        raise ConfigError("the ranks were started with different configs:\n" + "\n".join(lines))
-
-
-def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run:
-    """Open data, build the engine, and take the run's state from a checkpoint or from the seed."""
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    if tokenizer.vocabulary > config.model.vocabulary:
-        raise ConfigError(
-            f"model.vocabulary {config.model.vocabulary} is less than the {tokenizer.vocabulary} pieces of"
-            f" {config.data.tokenizer}; set it to {tokenizer.vocabulary} or more"
-        )
-    datasets = open_datasets(config.data, tokenizer)
-    reader = None if path is None else store.Reader(path)
-    if reader is not None:
-        state.check_identity(reader, config)
-        plan = Plan.from_document(reader.meta["plan"])
-        check_datasets(plan, datasets)
-    else:
-        plan = plan_from_config(config, datasets)
-    engine = Engine(config, context)
-    counters = Counters()
-    if reader is None:
-        engine.initialise()
-    else:
-        counters = state.load(reader, config, engine.optimizer)
-    return Run(config, context, engine, plan, datasets, tokenizer, counters, path)
-
-
-def _choose(config: Config, resume: Resume) -> Path | None:
-    """The checkpoint to go on from; None begins a run."""
-    folder = config.train.directory
-    checkpoints = folder / CHECKPOINTS
-    whole = store.steps(checkpoints)
-    if resume == "always" or (resume == "if-any" and whole):
-        return state.newest(checkpoints)
-    begun = (folder / CONFIG).exists()
-    if resume == "if-any":
-        if begun:
-            _check_begun(folder / CONFIG, config)
-        return None
-    if whole:
-        raise CheckpointError(
-            f"{folder}: holds a run already; give --resume to go on with it, or set train.directory to a new folder"
-        )
-    if begun:
-        raise CheckpointError(
-            f"{folder}: holds a run that ended before its first checkpoint; give --resume-if-any to begin it again, or"
-            " set train.directory to a new folder"
-        )
-    return None
-
-
-def _check_begun(path: Path, config: Config) -> None:
-    try:
-        found = Config.model_validate_json(path.read_text(encoding="utf-8")).identity()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: is not the config of a run ({error}); remove it to begin a run here") from error
-    lines = state.differences(found, config.identity(), "the run", "the config")
-    if lines:
-        raise ConfigError(f"{path}: belongs to a run with another config; differing keys:\n" + "\n".join(lines))
-
-
-def _write_config(config: Config) -> None:
-    text = json.dumps(config.document(), indent=2) + "\n"
-    write_whole(config.train.directory / CONFIG, text.encode())
-
-
 def _announce(run: Run, recorder: Recorder) -> None:
     config, counters = run.config, run.counters
-    count = parameter_count(config.model)
-    recorder.note(
-        f"{count / 1e6:.1f} M parameters, {run.context.mesh}, {config.microbatches} x"
-        f" {config.layout.micro_batch} sequences, {config.layout.schedule}, {config.train.precision}"
-    )
+    layout, sequence = config.layout, config.train.sequence
+    if recorder.active:
+        recorder.note(
+            f"{parameter_count(config.model) / 1e6:.1f} M parameters, {run.context.mesh}, {config.microbatches} x"
+            f" {layout.micro_batch} sequences, {layout.schedule}{_bubble(run)}, {config.train.precision}"
+        )
+        sizes, ramp_tokens = config.batches.sizes, config.batches.ramp_samples * sequence
+        if counters.tokens < ramp_tokens:
+            several = ", ".join(map(str, sizes[:-1])) if len(sizes) < 8 else f"{sizes[0]}, {sizes[1]}, ... {sizes[-2]}"
+            recorder.note(f"global batches of {several} samples up to {ramp_tokens:,} tokens, then {sizes[-1]}")
     if run.resumed_from is not None:
-        recorder.note(f"goes on from {run.resumed_from.name} at step {counters.step}, sample {counters.sample}")
+        branch = f" of branch {run.branch.number}" if run.branch.number else ""
+        recorder.note(f"goes on from {run.resumed_from.name}{branch} at step {counters.step}, sample {counters.sample}")
     recorder.start(counters.step, counters.sample, counters.tokens, str(run.resumed_from) if run.resumed_from else None)
 
 
-def _loop(run: Run, recorder: Recorder, last_step: int, stopping: Callable[[], bool]) -> None:
-    config, engine = run.config, run.engine
+def _bubble(run: Run) -> str:
+    """Idle share of the pipeline that the schedule's simulation predicts, from the cost of every stage."""
+    config = run.config
+    layout = config.layout
+    if layout.pp == 1:
+        return ""
+    counts = tuple(end - begin for begin, end in stage_layers(config))
+    costs = stage_flops(config.model, config.train.sequence, counts)
+    built = schedule.build(layout.schedule, layout.pp, config.microbatches, layout.stages_per_rank)
+    times = [max(1, cost) for cost in costs]  # a stage may hold the embedding alone, which takes next to none
+    return f" with a bubble of {simulate(built, times, [2 * time for time in times]).bubble:.1%}"
+
+
+def _loop(run: Run, recorder: Recorder, profiler: Profiler, last_step: int, stopping: Callable[[], bool]) -> None:
     if run.counters.step == 0:
         _validate(run, recorder, "before")
     elif run.counters.step >= last_step:
         recorder.note(f"nothing to do: the run is at step {run.counters.step} already, and was to end at {last_step}")
-    saved = run.resumed_from is not None
-    axes = run.context.axes()
-    with Loader(
-        config,
-        run.plan,
-        run.datasets,
-        start=run.counters.sample,
-        rank=run.context.dp.rank,
-        with_tokens=engine.needs_tokens,
-    ) as loader:
-        while run.counters.step < last_step:
-            begin = time.perf_counter()
-            before = [replace(axis.traffic) for axis in axes]
-            batches = next(loader)
-            loaded = time.perf_counter()
-            counters = run.counters
-            rate = learning_rate(config.optimizer, counters.tokens, config.total_tokens)
-            result = engine.step(batches, rate, len(run.plan.sources), stopping())
-            stage = run.plan.stage_at(counters.sample)
-            run.counters = counters = Counters(
-                counters.step + 1, counters.sample + config.train.global_batch, counters.tokens + config.step_tokens
-            )
-            saved = False
-            recorder.step(
-                {
-                    "step": counters.step,
-                    "tokens": counters.tokens,
-                    "sample": counters.sample,
-                    "stage": stage.stage,
-                    "stage_share": (counters.sample - stage.first_sample) / stage.samples,
-                    "loss": result.loss,
-                    "learning_rate": rate,
-                    "gradient_norm": result.gradient_norm,
-                    "source_loss": result.source_loss,
-                    "source_tokens": result.source_tokens,
-                },
-                {
-                    "step": time.perf_counter() - begin,
-                    "data": loaded - begin,
-                    **result.seconds,
-                },
-                {axis.name: axis.traffic.since(start) for axis, start in zip(axes, before) if axis.size > 1},
-            )
-            _validate_if_due(run, recorder, stage.end)
-            if counters.step % config.checkpoint.every_steps == 0:
-                saved = _save(run, recorder)
-            if result.stop:
-                recorder.note("asked to stop")
-                break
-    if not saved:
+    while True:
+        with Loader(
+            run.config,
+            run.plan,
+            run.datasets,
+            start=run.counters.sample,
+            rank=run.context.dp.rank,
+            with_tokens=run.engine.needs_tokens,
+        ) as loader:
+            spike = _steps(run, recorder, profiler, loader, last_step, stopping)
+        if spike is None:
+            break
+        _roll_back(run, recorder, spike)
+    if run.saved_step != run.counters.step:
         _save(run, recorder)
 
 
-def _validate_if_due(run: Run, recorder: Recorder, stage_end: int) -> None:
+def _steps(
+    run: Run,
+    recorder: Recorder,
+    profiler: Profiler,
+    loader: Loader,
+    last_step: int,
+    stopping: Callable[[], bool],
+) -> Spike | None:
+    """Train until the end, a request to stop, or a spike, which is returned."""
+    while run.counters.step < last_step:
+        with profiler.step(run.counters.step + 1):
+            result = _step(run, recorder, loader, stopping())
+        step, began = run.counters.step, run.counters.sample - result.samples
+        if result.skipped == "nonfinite":
+            run.guards.skip(step, result.loss, result.gradient_norm)
+        elif spike := run.guards.observe(step, result.loss, run.plan.stage_at(began).stage):
+            return spike
+        _validate_if_due(run, recorder, began)
+        if step % run.config.checkpoint.every_steps == 0:
+            _save(run, recorder)
+        if result.stop:
+            recorder.note("asked to stop")
+            break
+    return None
+
+
+def _step(run: Run, recorder: Recorder, loader: Loader, stop: bool) -> StepResult:
+    """One step of the run; ``counters`` move on."""
+    config, engine, counters, axes = run.config, run.engine, run.counters, run.context.axes()
+    begin = time.perf_counter()
+    before = [replace(axis.traffic) for axis in axes]
+    run.doing = f"at step {counters.step + 1}, reading data"
+    batches = next(loader)
+    run.doing = f"at step {counters.step + 1}, training"
+    loaded = time.perf_counter()
+    rate = learning_rate(config.optimizer, counters.tokens, config.total_tokens)
+    result = engine.step(batches, rate, len(run.plan.sources), stop)
+    first, end = run.plan.stage_bounds(counters.sample)
+    run.counters = now = Counters(
+        counters.step + 1, counters.sample + result.samples, counters.tokens + result.samples * config.train.sequence
+    )
+    values = {
+        "step": now.step,
+        "tokens": now.tokens,
+        "sample": now.sample,
+        "stage": run.plan.stage_at(counters.sample).stage,
+        "stage_share": (min(now.sample, end) - first) / (end - first),
+        "batch_size": result.samples,
+        "loss": result.loss,
+        "learning_rate": rate,
+        "gradient_norm": result.gradient_norm,
+        "parameter_norm": result.parameter_norm,
+        "zero_gradients": result.zero_gradients,
+        "skipped": result.skipped,
+        "skipped_steps": run.guards.skipped + (result.skipped == "nonfinite"),
+        "source_loss": result.source_loss,
+        "source_tokens": result.source_tokens,
+    }
+    if engine.scaler is not None:
+        values |= {"loss_scale": result.loss_scale, "overflows": engine.scaler.overflows}
+    seconds = {"step": time.perf_counter() - begin, "data": loaded - begin, **result.seconds}
+    recorder.step(
+        values,
+        seconds,
+        {axis.name: axis.traffic.since(start) for axis, start in zip(axes, before) if axis.size > 1},
+    )
+    if report := run.stragglers.step(now.step, seconds["data"] + seconds["optimizer"]):
+        recorder.stragglers(report)
+    return result
+
+
+def _validate_if_due(run: Run, recorder: Recorder, began: int) -> None:
+    """After a step from sample ``began`` on. The batch of a ramp may reach over the end of its stage."""
     every, counters = run.config.validation.every_steps, run.counters
     if counters.step == run.config.total_steps:
         _validate(run, recorder, "after")
-    elif counters.sample == stage_end:
+    elif counters.sample >= run.plan.stage_bounds(began)[1]:
         _validate(run, recorder, "between")
     elif every and counters.step % every == 0:
         _validate(run, recorder, "periodic")
 
 
-def _save(run: Run, recorder: Recorder) -> bool:
-    path = state.save(
-        run.checkpoints,
-        run.config,
-        run.plan,
-        run.counters,
-        run.engine.optimizer,
-        run.context,
-        tokenizer=run.tokenizer.sha256,
-    )
-    recorder.note(f"saved {path.parent.name}/{path.name}")
-    return True
-
-
 def _validate(run: Run, recorder: Recorder, at: str) -> None:
-    """Loss sums, counted tokens and bytes of every source's held-out windows, over all ranks."""
-    config, context = run.config, run.context
-    if not config.validation.windows:
+    if not run.config.validation.windows:
         return
-    sources = len(run.plan.sources)
-    totals = torch.zeros(3, sources, dtype=torch.float64)
-    token_bytes = torch.zeros(config.model.vocabulary, dtype=torch.int64)
-    token_bytes[: run.tokenizer.vocabulary] = torch.from_numpy(run.tokenizer.byte_lengths().astype(np.int64))
-    for source in range(sources):
-        batches = _validation_batches(run, source)
-        for begin in range(0, len(batches), _VALIDATION_BATCHES):
-            chunk = batches[begin : begin + _VALIDATION_BATCHES]
-            for losses_SB, batch in zip(run.engine.evaluate(chunk), chunk):
-                assert batch.labels is not None
-                counted = batch.labels >= 0
-                values = (losses_SB.double().sum(), counted.sum(), token_bytes[batch.labels[counted]].sum())
-                for row, value in enumerate(values):
-                    totals[row, source] += float(value)
-    if context.tp.rank > 0:
-        totals.zero_()
-    totals = totals.to(context.device)
-    comm.all_reduce(totals, context.dp)
-    comm.all_reduce(totals, context.model)
-    sums, counts, sizes = totals.tolist()
-    recorder.validation(at, run.counters.step, run.counters.tokens, sums, counts, sizes)
+    run.doing = f"validating after step {run.counters.step}"
+    losses = validate(run.engine, run.plan, run.datasets, run.tokenizer)
+    recorder.validation(at, run.counters.step, run.counters.tokens, *losses)
 
 
-def _validation_batches(run: Run, source: int) -> list[Batch]:
-    """This data-parallel rank's micro-batches of one source's held-out windows."""
-    config, dp = run.config, run.context.dp
-    return validation(
-        run.plan,
-        run.datasets,
-        source,
-        windows=config.validation.windows,
-        rows_multiple=config.layout.micro_batch * dp.size,
-        part=(dp.rank, dp.size),
-        vocabulary=config.model.vocabulary,
-        separate_documents=config.data.separate_documents,
-        with_tokens=run.engine.needs_tokens,
-    ).split(config.layout.micro_batch)
+def _save(run: Run, recorder: Recorder) -> None:
+    run.doing = f"saving the checkpoint of step {run.counters.step}"
+    path = run.save()
+    recorder.note(f"saved {path.parent.name}/{path.name}")
+
+
+def _roll_back(run: Run, recorder: Recorder, spike: Spike) -> None:
+    """Go back to the newest checkpoint from before the spike, and on from there with the data from after it.
+
+    Collective.
+
+    Raises:
+        TrainingError: there is no such checkpoint, or the run has rolled back as often as it may.
+    """
+    context, left = run.context, run.counters
+    run.doing = f"rolling back from step {left.step}"
+    path = agree(context, lambda: _before(run, spike) if context.rank == 0 else None)
+    path = comm.broadcast_object(path, context.control)
+    agree(context, lambda: run.restore(store.Reader(path)))
+    counters, parent = run.counters, run.branch.number
+    further = -(-run.config.stability.spike_skip_tokens // run.config.train.sequence)
+    skipped = min(left.sample + further, run.plan.total_samples) - counters.sample
+    run.plan = run.plan.skipping(counters.sample, skipped)
+    run.branch = run.branch.after(Rollback(counters.step, counters.sample, skipped))
+    # Before the first step of the new branch: a checkpoint of the old one must never be taken for one of the new.
+    folder = f"left-branch-{parent}"
+    retired = agree(
+        context, lambda: store.retire(run.checkpoints, counters.step, folder) if context.rank == 0 else None
+    )
+    recorder.rollback(
+        str(spike),
+        step=counters.step,
+        sample=counters.sample,
+        tokens=counters.tokens,
+        branch=run.branch.number,
+        parent=parent,
+        left_at_step=left.step,
+        skipped_samples=skipped,
+        retired=retired,
+    )
+
+
+def _before(run: Run, spike: Spike) -> Path:
+    """The newest checkpoint from before ``spike``."""
+    stability = run.config.stability
+    hint = "Lower optimizer.learning_rate, look at the data of these steps"
+    if run.branch.number >= stability.most_rollbacks:
+        raise TrainingError(
+            f"{spike}; the run has rolled back {run.branch.number} times already (stability.most_rollbacks). {hint}, or"
+            " raise stability.most_rollbacks"
+        )
+    steps = [step for step in store.steps(run.checkpoints) if step < spike.first]
+    if not steps:
+        raise TrainingError(
+            f"{spike}; {run.checkpoints} has no checkpoint from before it to go back to. {hint}, or save more often"
+            " (checkpoint.every_steps) and keep more (checkpoint.keep)"
+        )
+    return store.folder(run.checkpoints, steps[-1])

@@ -14,7 +14,8 @@ from megapoly.data.tokenizer import train_tokenizer
 from megapoly.errors import CheckpointError, ConfigError, DataError
 from megapoly.generate import Generator, Sampling, choose
 from megapoly.layers.call import Call
-from megapoly.trainer import prepare, train
+from megapoly.run import prepare
+from megapoly.trainer import train
 
 
 @pytest.fixture(scope="module")

@@ -1,41 +1,21 @@
-"""Counts against the model itself and against the paper, and what a run writes."""
+"""What a run writes, and its line on the terminal."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from megapoly.checkpoint.state import logical_shapes
-from megapoly.config import Model, load
+from megapoly.config import load
 from megapoly.context import ParallelContext
-from megapoly.metrics import flops_per_token, parameter_count
-from megapoly.trainer import prepare, train
+from megapoly.run import prepare
+from megapoly.trainer import train
 from tests.corpus import lines
-
-POLYLM_13B = Model(layers=40, hidden=5120, heads=40, ffn=20480, vocabulary=256000, positions=2048)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        Model(layers=3, hidden=24, heads=4, ffn=52, vocabulary=61, positions=32),
-        Model(layers=2, hidden=24, heads=4, key_value_heads=2, ffn=50, vocabulary=61, positions=32),
-    ],
-)
-def test_parameter_count_is_that_of_the_modules(model: Model) -> None:
-    assert parameter_count(model) == sum(math.prod(shape) for shape in logical_shapes(model).values())
-
-
-def test_polylm_counts() -> None:
-    assert parameter_count(POLYLM_13B) == pytest.approx(13.907e9, rel=1e-4)
-    # The paper's 13B at 1170 tokens/s on an A100 of 312 TFLOP/s: 31 % by 6 N alone.
-    attention = 12 * 40 * 5120 * 2048
-    assert 1170 * (flops_per_token(POLYLM_13B, 2048) - attention) / 312e12 == pytest.approx(0.313, abs=0.002)
 
 
 def test_a_run_writes_its_log_and_tensorboard(toml: Path, tmp_path: Path) -> None:
@@ -46,6 +26,7 @@ def test_a_run_writes_its_log_and_tensorboard(toml: Path, tmp_path: Path) -> Non
     console = Console(record=True, width=200, force_terminal=False, file=io.StringIO())
     train(prepare(config, ParallelContext.create()), console)
     events = lines(tmp_path / "run", "train")
+    assert [event["batch_size"] for event in events] == [8] * 20
     assert [event["tokens"] for event in events] == [config.step_tokens * step for step in range(1, 21)]
     assert [event["stage"] for event in events] == ["first"] * 12 + ["second"] * 8
     for event in events:
@@ -67,6 +48,10 @@ def test_a_run_writes_its_log_and_tensorboard(toml: Path, tmp_path: Path) -> Non
     tags = set(board.Tags()["scalars"]) | set(board.Tags()["tensors"])
     for tag in (
         "train/loss",
+        "train/parameter_norm",
+        "train/zero_gradients",
+        "train/batch_size",
+        "train/skipped_steps",
         "train/loss by language/ru",
         "train/loss by source/en",
         "validation/bits_per_byte/en",
@@ -74,6 +59,53 @@ def test_a_run_writes_its_log_and_tensorboard(toml: Path, tmp_path: Path) -> Non
         "seconds/data",
     ):
         assert tag in tags
+
+
+def test_norms_and_zero_gradients(toml: Path, tmp_path: Path) -> None:
+    """Half of the position table is never used: its gradients are zero, and no others but those of rounding."""
+    config = load(toml, [f"train.directory={str(tmp_path / 'run')!r}", "model.positions=32"]).on(1)
+    run = prepare(config, ParallelContext.create())
+    parameters = run.engine.buffers.parameters
+    squares = sum(float(parameter.detach().square().sum()) for parameter in parameters)
+    console = Console(record=True, width=200, force_terminal=False, file=io.StringIO())
+    train(run, console, stop_step=1)
+    (event,) = lines(tmp_path / "run", "train")
+    assert event["parameter_norm"] == pytest.approx(math.sqrt(squares), rel=1e-12)
+    unused, biases_of_keys = 16 * 32, 4 * 32  # the latter have a true gradient of zero
+    assert unused <= event["zero_gradients"] <= unused + biases_of_keys
+    zeros = sum(int((bucket.gradients[bucket.mine] == 0).sum()) for bucket in run.engine.buffers.buckets)
+    assert event["zero_gradients"] <= zeros  # which counts the padding of the buckets too
+    assert f"weights {event['parameter_norm']:.2f}  zeros {event['zero_gradients']}  batch 8" in console.export_text()
+
+
+def test_steps_that_a_resumed_run_leaves_do_not_mix_with_the_new(toml: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    sets = [f"train.directory={str(run)!r}", "log.tensorboard=true", "checkpoint.every_steps=4", "validation.windows=0"]
+    config = load(toml, sets).on(1)
+
+    def go(stop_step: int) -> None:
+        train(prepare(config, ParallelContext.create(), "if-any"), Console(quiet=True), stop_step=stop_step)
+
+    def shown(folder: Path) -> list[float]:
+        steps = []
+        for path in folder.glob("events.*"):
+            board = EventAccumulator(str(path), size_guidance={"tensors": 0})
+            board.Reload()
+            steps += [event.step / config.step_tokens for event in board.Tensors("train/loss")]
+        return sorted(steps)
+
+    go(6)
+    shutil.rmtree(run / "checkpoints/step-00000006")  # as if steps 5 and 6 had been killed before the next checkpoint
+    go(8)
+    go(9)
+    assert [event["step"] for event in lines(run, "train")] == list(range(1, 10))
+    left = [json.loads(line) for line in (run / "log.left-at-4.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in left] == [5, 6]
+    assert shown(run / "tensorboard") == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in (run / "tensorboard").iterdir() if path.is_dir()] == ["1-from-step-4"]
+    assert shown(run / "tensorboard/1-from-step-4") == [5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

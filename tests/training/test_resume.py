@@ -13,9 +13,10 @@ from rich.console import Console
 
 from megapoly import comm, config
 from megapoly.context import ParallelContext
-from megapoly.trainer import prepare, train
+from megapoly.run import prepare
+from megapoly.trainer import train
 from tests.corpus import lines
-from tests.ranks import run_cases, run_ranks
+from tests.ranks import run_cases
 
 LAYOUTS = [(dp, pp, tp) for dp in (1, 2, 4) for pp in (1, 2, 4) for tp in (1, 2, 4) if dp * pp * tp == 4]
 Layout = tuple[int, int, int]
@@ -99,20 +100,3 @@ def test_checkpoints_are_kept_and_a_finished_run_stays_as_it_is(toml: Path, tmp_
     go(1, toml, run, (1, 1, 1), True, None)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
     assert [event["step"] for event in lines(run, "train")] == list(range(1, 21))
-
-
-def narrow(rank: int, size: int, toml: Path, run: Path) -> None:
-    go(size, toml, run, (1, 2, 2), False, 10, "train.precision=bf16")
-    go(size, toml, run, (2, 1, 2), True, None, "train.precision=bf16")
-
-
-def test_bf16_follows_fp32(toml: Path, tmp_path: Path) -> None:
-    """The same curve within the rounding of bf16 weights and activations, also over a change of layout."""
-    for precision in ("fp32", "bf16"):
-        go(1, toml, tmp_path / precision, (1, 1, 1), False, None, f"train.precision={precision}")
-    run_ranks(4, narrow, toml, tmp_path / "ranks")
-    wide, *others = ([e["loss"] for e in lines(tmp_path / name, "train")] for name in ("fp32", "bf16", "ranks"))
-    assert wide[-1] < wide[0] - 0.5
-    for losses in others:
-        assert len(losses) == len(wide)
-        assert max(abs(a - b) / a for a, b in zip(wide, losses)) < 0.01

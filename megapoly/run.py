@@ -1,0 +1,211 @@
+"""A run: its folder, plan, data and engine, made ready to train from the seed or from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from megapoly import comm
+from megapoly.checkpoint import state, store
+from megapoly.checkpoint.state import Counters
+from megapoly.config import Config
+from megapoly.context import ParallelContext
+from megapoly.data.files import write_whole
+from megapoly.data.indexed import IndexedDataset
+from megapoly.data.loader import open_datasets
+from megapoly.data.plan import Plan, check_datasets, plan_from_config
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.engine import Engine
+from megapoly.errors import CheckpointError, ConfigError, MegapolyError, everywhere
+from megapoly.stability import Branch, Guards
+from megapoly.stragglers import Stragglers
+from megapoly.watchdog import Standing
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+T = TypeVar("T")
+Resume = Literal["never", "always", "if-any"]
+
+
+@dataclass
+class Run:
+    """Everything that a loop needs. ``counters`` move on; a rollback takes plan, counters and guards elsewhere.
+
+    Attributes:
+        resumed_from: the checkpoint that this start went on from.
+        saved_step: of the newest checkpoint, -1 where there is none.
+        doing: what this rank is at, for its watchdog.
+    """
+
+    config: Config
+    context: ParallelContext
+    engine: Engine
+    plan: Plan
+    datasets: dict[str, IndexedDataset]
+    tokenizer: Tokenizer
+    guards: Guards
+    resumed_from: Path | None
+    branch: Branch = field(default_factory=Branch)
+    counters: Counters = field(default_factory=Counters)
+    saved_step: int = -1
+    doing: str = "starting up"
+    stragglers: Stragglers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stragglers = Stragglers(self.config.log.stragglers_every, self.context, self.engine.pipeline)
+
+    def standing(self) -> Standing:
+        """Where this rank stands, for its watchdog."""
+        doing = ": ".join(filter(None, (self.doing, self.engine.pipeline.place)))
+        return Standing(self.counters.step, doing, sum(axis.traffic.calls for axis in self.context.axes()))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.train.directory / CHECKPOINTS
+
+    def save(self) -> Path:
+        """Write a checkpoint; its folder. Collective."""
+        scaler = self.engine.scaler
+        path = state.save(
+            self.checkpoints,
+            self.config,
+            self.plan,
+            self.counters,
+            self.engine.optimizer,
+            self.context,
+            tokenizer=self.tokenizer.sha256,
+            guards={
+                "stability": self.guards.state(),
+                "scaler": None if scaler is None else scaler.state(),
+                "branch": self.branch.state(),
+            },
+            keep_before=self.guards.high_since,
+        )
+        self.saved_step = self.counters.step
+        return path
+
+    def restore(self, reader: store.Reader) -> None:
+        """Take weights, optimizer, counters and guards, but neither plan nor branch, from a checkpoint of this run."""
+        self.counters = state.load(reader, self.config, self.engine.optimizer)
+        self.saved_step = self.counters.step
+        saved = reader.meta.get("guards")
+        if saved is None:  # of the time before there were any
+            return
+        self.guards.restore(saved["stability"])
+        if self.engine.scaler is not None:
+            self.engine.scaler.restore(saved["scaler"])
+
+
+def prepare(config: Config, context: ParallelContext, resume: Resume = "never") -> Run:
+    """A run that is ready to train, new or from its newest whole checkpoint.
+
+    Collective. An error on some ranks is raised on all, so that none is left waiting.
+
+    Args:
+        resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint
+            where there is one and else begins: for jobs that are queued or restarted by themselves.
+    """
+    control = context.control
+    agree(context, lambda: _check_same(config, context))
+    # Rank 0 alone looks into the folder: what another rank sees of a network file system may be older.
+    path = agree(context, lambda: _choose(config, resume) if context.rank == 0 else None)
+    path = comm.broadcast_object(path, control)
+    run = agree(context, lambda: _prepare(config, context, path))
+    if path is None:
+        agree(context, lambda: _write_config(config) if context.rank == 0 else None)
+    return run
+
+
+def agree(context: ParallelContext, work: Callable[[], T]) -> T:
+    """``work()`` of this rank, once every rank has done its own; the error of any rank is raised on all."""
+    result: Any = None
+    error = None
+    try:
+        result = work()
+    except MegapolyError as caught:
+        error = caught
+    outcomes = comm.broadcast_object(comm.gather_objects(error, context.control), context.control)
+    first = next((outcome for outcome in outcomes if outcome is not None), None)
+    if first is not None:
+        raise everywhere(first)
+    return result
+
+
+def _check_same(config: Config, context: ParallelContext) -> None:
+    """Two machines may have been given different files."""
+    document = config.document()
+    mine = {
+        **config.identity(),
+        **{key: document[key] for key in ("layout", "stability", "checkpoint", "validation", "log")},
+    }
+    lines = state.differences(comm.broadcast_object(mine, context.control), mine, "rank 0", f"rank {context.rank}")
+    if lines:
+        raise ConfigError("the ranks were started with different configs:\n" + "\n".join(lines))
+
+
+def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run:
+    """Open data, build the engine, and take the run's state from a checkpoint or from the seed."""
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocabulary > config.model.vocabulary:
+        raise ConfigError(
+            f"model.vocabulary {config.model.vocabulary} is less than the {tokenizer.vocabulary} pieces of"
+            f" {config.data.tokenizer}; set it to {tokenizer.vocabulary} or more"
+        )
+    datasets = open_datasets(config.data, tokenizer)
+    reader = None if path is None else store.Reader(path)
+    if reader is not None:
+        state.check_identity(reader, config)
+        plan = Plan.from_document(reader.meta["plan"])
+        check_datasets(plan, datasets)
+    else:
+        plan = plan_from_config(config, datasets)
+    engine = Engine(config, context)
+    run = Run(config, context, engine, plan, datasets, tokenizer, Guards(config.stability), path)
+    if reader is None:
+        engine.initialise()
+    else:
+        run.restore(reader)
+        run.branch = Branch.restored(reader.meta.get("guards", {}).get("branch", []))
+    return run
+
+
+def _choose(config: Config, resume: Resume) -> Path | None:
+    """The checkpoint to go on from; None begins a run."""
+    folder = config.train.directory
+    checkpoints = folder / CHECKPOINTS
+    whole = store.steps(checkpoints)
+    if resume == "always" or (resume == "if-any" and whole):
+        return state.newest(checkpoints)
+    begun = (folder / CONFIG).exists()
+    if resume == "if-any":
+        if begun:
+            _check_begun(folder / CONFIG, config)
+        return None
+    if whole:
+        raise CheckpointError(
+            f"{folder}: holds a run already; give --resume to go on with it, or set train.directory to a new folder"
+        )
+    if begun:
+        raise CheckpointError(
+            f"{folder}: holds a run that ended before its first checkpoint; give --resume-if-any to begin it again, or"
+            " set train.directory to a new folder"
+        )
+    return None
+
+
+def _check_begun(path: Path, config: Config) -> None:
+    try:
+        found = Config.model_validate_json(path.read_text(encoding="utf-8")).identity()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: is not the config of a run ({error}); remove it to begin a run here") from error
+    lines = state.differences(found, config.identity(), "the run", "the config")
+    if lines:
+        raise ConfigError(f"{path}: belongs to a run with another config; differing keys:\n" + "\n".join(lines))
+
+
+def _write_config(config: Config) -> None:
+    text = json.dumps(config.document(), indent=2) + "\n"
+    write_whole(config.train.directory / CONFIG, text.encode())
