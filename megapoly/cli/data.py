@@ -1,74 +1,28 @@
-"""The commands of megapoly. Heavy modules are imported inside the commands, so that --help is quick."""
+"""``megapoly tokenizer`` and ``megapoly data``."""
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from megapoly import __version__
-from megapoly.errors import ConfigError, DataError, MegapolyError
+from megapoly.cli.common import SETTINGS, JsonFile, make_bar, make_table, write_rows
+from megapoly.errors import DataError
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-_SETTINGS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich", "pretty_exceptions_enable": False}
-
-app = typer.Typer(
-    name="megapoly",
-    help="Multilingual language models in 3D parallel, from raw text to a trained, sampled model.",
-    add_completion=False,
-    **_SETTINGS,
-)
-tokenizer_app = typer.Typer(help="Train a tokenizer, and see how it does on every language.", **_SETTINGS)
-data_app = typer.Typer(help="Build, look into and verify indexed datasets.", **_SETTINGS)
-app.add_typer(tokenizer_app, name="tokenizer")
-app.add_typer(data_app, name="data")
-plan_app = typer.Typer(help="See what a run would do, before it runs.", **_SETTINGS)
-app.add_typer(plan_app, name="plan")
+tokenizer_app = typer.Typer(help="Train a tokenizer, and see how it does on every language.", **SETTINGS)
+data_app = typer.Typer(help="Build, look into and verify indexed datasets.", **SETTINGS)
 
 LanguageFiles = Annotated[
     list[str],
     typer.Argument(metavar="LANG=FILE...", help="JSON lines, .jsonl or .jsonl.gz; a language may come again."),
 ]
 TextField = Annotated[str, typer.Option(help="Field of a record that holds the text.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Path without .bin, .idx, .json.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; an error for users is one message and exit code 1."""
-    try:
-        app(args=arguments)
-    except MegapolyError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
-        raise SystemExit(1) from None
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"megapoly {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @tokenizer_app.command("train")
@@ -119,14 +73,14 @@ def tokenizer_report(
     loaded = tokenizer.Tokenizer.load(model)
     with Console(stderr=True).status("") as status:
         rows = tokenizer.report(loaded, _language_files(files), text_field=text_field, progress=status.update)
-    table = _table("language", "documents", "MB", "tokens", "bytes/token", "single bytes")
+    table = make_table("language", "documents", "MB", "tokens", "bytes/token", "single bytes")
     for row in rows:
         share = f"{100 * row.byte_share:.2f} %"
         ratio = f"{row.bytes_per_token:.3f}"
         table.add_row(row.language, f"{row.documents:,}", f"{row.bytes / 1e6:.2f}", f"{row.tokens:,}", ratio, share)
     Console().print(table)
     if json_file:
-        _write_rows(json_file, [{"name": r.language, "value": r.bytes_per_token, "unit": "bytes/token"} for r in rows])
+        write_rows(json_file, [{"name": r.language, "value": r.bytes_per_token, "unit": "bytes/token"} for r in rows])
 
 
 @data_app.command("build")
@@ -156,7 +110,7 @@ def data_build(
     names = tuple(name.strip() for name in fields.split(",")) if fields else ()
     options = builder.Options(names, pairs, key_field, validation, seed, threads, overwrite)
     begun = time.monotonic()
-    with _bar(output.name) as (bar, task):
+    with make_bar(output.name) as (bar, task):
 
         def show(state: builder.Progress) -> None:
             bar.update(task, completed=state.input_read, total=state.input_size)
@@ -186,7 +140,7 @@ def data_inspect(
     from megapoly.data.tokenizer import Tokenizer, check_matches
 
     loaded = Tokenizer.load(tokenizer) if tokenizer else None
-    table = _table("dataset", "lang", "documents", "held\nout", "tokens", "held\nout", "MB", "ids", "model")
+    table = make_table("dataset", "lang", "documents", "held\nout", "tokens", "held\nout", "MB", "ids", "model")
     shown = []
     for prefix in prefixes:
         dataset = IndexedDataset(prefix)
@@ -227,7 +181,7 @@ def data_verify(
 
     damaged = 0
     for prefix in prefixes:
-        with _bar(prefix.name) as (bar, task):
+        with make_bar(prefix.name) as (bar, task):
 
             def show(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total)
@@ -241,82 +195,6 @@ def data_verify(
         raise DataError(f"{damaged} of {len(prefixes)} datasets are damaged; build or copy them anew")
 
 
-@app.command("train")
-def train(
-    config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as layout.tp=2.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
-    resume_if_any: Annotated[
-        bool, typer.Option("--resume-if-any", help="The same, or begin where the run has none: for job queues.")
-    ] = False,
-    stop_step: Annotated[int | None, typer.Option(min=1, help="Save and end after this step.")] = None,
-) -> None:
-    """Train a model, alone or as one rank of a torchrun.
-
-    Ctrl-C or SIGTERM saves a checkpoint and ends. --resume takes any layout.
-
-    [bold]Example:[/bold] torchrun --nproc-per-node 8 -m megapoly train run.toml --set layout.tp=2
-    """
-    from megapoly.launch import run_training
-
-    raise typer.Exit(
-        run_training(config, overrides or [], "always" if resume else "if-any" if resume_if_any else "never", stop_step)
-    )
-
-
-@app.command("generate")
-def generate(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
-    prompts: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be given several times.")],
-    tokens: Annotated[int, typer.Option(help="Most tokens of a continuation.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that together reach this.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="Model file; the run's own where not given.")] = None,
-) -> None:
-    """Continue texts with a trained model.
-
-    [bold]Example:[/bold] megapoly generate runs/demo --prompt "Die Sprache" --tokens 40 --temperature 0.8 --top-p 0.9
-    """
-    from megapoly.generate import Generator, Sampling
-
-    sampling = Sampling(tokens, temperature, top_p, seed)
-    generator = Generator(run, tokenizer)
-    for prompt in prompts:
-        print(f"{prompt}|{generator.continue_text(prompt, sampling)}")
-
-
-@plan_app.command("schedule")
-def plan_schedule(
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")],
-    microbatches: Annotated[int, typer.Option(min=1, help="Micro-batches of one rank in a step.")],
-    schedule: Annotated[str, typer.Option(help="gpipe or 1f1b.")] = "1f1b",
-    forward: Annotated[float, typer.Option(min=0.0, help="Time of a forward pass of one stage.")] = 1.0,
-    backward: Annotated[float, typer.Option(min=0.0, help="Time of a backward pass of one stage.")] = 2.0,
-    json_file: JsonFile = None,
-) -> None:
-    """Draw a pipeline schedule: who does what when, bubbles, live activations.
-
-    [bold]Example:[/bold] megapoly plan schedule --pp 4 --microbatches 8 --schedule 1f1b
-    """
-    from megapoly.pipeline.schedule import build
-    from megapoly.pipeline.timeline import render, simulate
-
-    try:
-        timeline = simulate(build(schedule, pp, microbatches), forward, backward)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    print(render(timeline))
-    if json_file:
-        rows: list[dict[str, Any]] = [{"name": "bubble", "value": timeline.bubble, "unit": "share of the makespan"}]
-        for rank, (bubble, peak) in enumerate(zip(timeline.bubbles, timeline.peaks)):
-            rows.append({"name": f"rank {rank}: bubble", "value": bubble, "unit": "share of the makespan"})
-            rows.append({"name": f"rank {rank}: live activations", "value": peak, "unit": "micro-batches"})
-        _write_rows(json_file, rows)
-
-
 def _language_files(arguments: Sequence[str]) -> dict[str, list[Path]]:
     grouped: dict[str, list[Path]] = {}
     for argument in arguments:
@@ -325,28 +203,3 @@ def _language_files(arguments: Sequence[str]) -> dict[str, list[Path]]:
             raise DataError(f"{argument!r}: expected LANG=FILE, such as th=th.jsonl.gz")
         grouped.setdefault(language, []).append(Path(path))
     return grouped
-
-
-def _table(first: str, *columns: str) -> Table:
-    table = Table(first, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[tuple[Progress, Any]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar, bar.add_task(name, total=None)
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    from megapoly.data.files import write_whole
-
-    device = f"{platform.machine()} {platform.system()}"
-    versions = {"megapoly": __version__, "python": platform.python_version()}
-    write_whole(path, json.dumps({"device": device, "versions": versions, "rows": list(rows)}, indent=1).encode())

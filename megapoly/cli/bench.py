@@ -1,0 +1,108 @@
+"""``megapoly bench``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megapoly.cli.common import SETTINGS, JsonFile, make_table, write_rows
+from megapoly.errors import ConfigError
+
+bench_app = typer.Typer(help="Measure speed on this machine, against peers.", **SETTINGS)
+
+
+@bench_app.command("schedule")
+def bench_schedule(
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline ranks, a process each.")],
+    microbatches: Annotated[int, typer.Option(min=1, help="Micro-batches of one rank in a step.")],
+    virtual: Annotated[int | None, typer.Option(min=2, help="Stages per rank of interleaved.  [default: 2]")] = None,
+    milliseconds: Annotated[float, typer.Option(min=0.1, help="Of a forward, and of either half of a backward.")] = 30,
+    repeats: Annotated[int, typer.Option(min=1, help="Of every measurement; the least counts.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Every pipeline schedule on CPU ranks whose passes sleep, beside its simulation.
+
+    [bold]Example:[/bold] megapoly bench schedule --pp 4 --microbatches 8
+    """
+    from megapoly.bench import schedule
+
+    with Console(stderr=True).status(f"{pp} ranks sleep"):
+        measured = schedule.measure(pp, microbatches, virtual, milliseconds / 1e3, repeats)
+    table = make_table(*schedule.HEADS)
+    for each in measured:
+        table.add_row(*schedule.cells(each))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for reason in [each.reason for each in measured if isinstance(each, schedule.Refused)]:
+        console.print(reason)
+    if json_file:
+        write_rows(json_file, schedule.rows(measured))
+
+
+@bench_app.command("step")
+def bench_step(
+    against: Annotated[str, typer.Option(help="Peers: transformers, megatron; '' for none.")] = "transformers,megatron",
+    layouts: Annotated[
+        str, typer.Option(help="dp, tp or pp with a number of ranks, each against one process; '' for none.")
+    ] = "dp2,tp2,pp2",
+    layers: Annotated[int, typer.Option(min=1)] = 12,
+    hidden: Annotated[int, typer.Option(min=1)] = 512,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    sequence: Annotated[int, typer.Option(min=1)] = 512,
+    vocabulary: Annotated[int, typer.Option(min=1)] = 32000,
+    micro_batch: Annotated[int, typer.Option(min=1)] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="Of one process; ranks share them.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, in fp32, or cuda, in bf16, with a GPU for each rank.")] = "cpu",
+    steps: Annotated[int, typer.Option(min=1, help="Of one turn.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 3,
+    json_file: JsonFile = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")] = None,
+) -> None:
+    """Tokens per second of a training step (forward, backward, clipping, AdamW), against peers in the same run.
+
+    Peers and layouts take turns; a value is the median, a ratio above 1 is better than the peer.
+
+    [bold]Example:[/bold] megapoly bench step --against transformers,megatron --layouts dp2,tp2,pp2
+    """
+    from megapoly.bench import report, step
+
+    options = step.Options(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        sequence=sequence,
+        vocabulary=vocabulary,
+        micro_batch=micro_batch,
+        threads=threads,
+        device=device,
+        steps=steps,
+        repeats=repeats,
+    )
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch finds no GPU on this machine; leave it out to measure on the CPU")
+    with Console(stderr=True).status("") as status:
+        rows, gpu = step.measure(options, _names(against), _names(layouts), status.update)
+    document = report.make_report(rows, gpu or report.cpu_name(), dataclasses.asdict(options))
+    table = make_table(*report.HEADS)
+    for row in rows:
+        table.add_row(*report.cells(row))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for line in report.notes(document):
+        console.print(line)
+    if json_file:
+        report.write_json(document, json_file)
+    if save:
+        print(report.save(document, save))
+
+
+def _names(text: str) -> list[str]:
+    """Of a comma-separated list, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

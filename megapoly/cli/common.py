@@ -1,0 +1,49 @@
+"""What the commands share: settings, options, tables, bars, and files of rows."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from megapoly import __version__
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+SETTINGS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich", "pretty_exceptions_enable": False}
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
+
+
+def make_table(first: str, *columns: str) -> Table:
+    table = Table(first, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+@contextmanager
+def make_bar(name: str) -> Iterator[tuple[Progress, Any]]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield bar, bar.add_task(name, total=None)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from megapoly.data.files import write_whole
+
+    device = f"{platform.machine()} {platform.system()}"
+    versions = {"megapoly": __version__, "python": platform.python_version()}
+    write_whole(path, json.dumps({"device": device, "versions": versions, "rows": list(rows)}, indent=1).encode())

@@ -1,0 +1,164 @@
+"""Peak memory of every pipeline rank, predicted from a config. No torch, nothing is allocated.
+
+Weights, gradients and optimizer state are counted. For the rest a rank's actions are walked through, one after another,
+with what each of them makes and frees (:mod:`megapoly.plan.activations`). Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megapoly.config import Config
+from megapoly.models.cost import stage_layers
+from megapoly.pipeline.actions import Action, Kind, Schedule
+from megapoly.pipeline.schedule import build
+from megapoly.plan.activations import PARAMETER_BYTES, Device, Live, Sizes, StageMemory, stage_memory
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Peak bytes of one rank, each component by itself; ``total`` is the peak of their sum.
+
+    ``workspace`` is what lives inside one action only: gradients on their way down a stage, and temporaries.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    total: int
+
+
+COMPONENTS = tuple(field.name for field in dataclasses.fields(Usage) if field.name != "total")
+
+
+def predict(config: Config, device: Device = "cuda") -> list[Usage]:
+    """Peaks of every pipeline rank; tensor- and data-parallel ranks are alike. ``config`` is settled for its ranks."""
+    sizes, spans, layout = Sizes(config, device), stage_layers(config), config.layout
+    schedule = build(layout.schedule, layout.pp, _steady(config), layout.stages_per_rank)
+    last = len(spans) - 1
+    stages = {i: stage_memory(sizes, span, i == 0, i == last) for i, span in enumerate(spans)}
+    result = []
+    for rank in range(layout.pp):
+        mine = schedule.stages(rank)
+        first_here, last_here = 0 in mine, last in mine
+        parameters = sum(_parameters(config, spans[i][1] - spans[i][0]) for i in mine)
+        parameters += _end_parameters(config, first_here, last_here)
+        weights, gradients = parameters * sizes.parameter, parameters * sizes.wide
+        optimizer = parameters * optimizer_bytes(config) // (config.mesh.dp if layout.shard_optimizer else 1)
+        always = Live(config.microbatches * _per_microbatch(sizes, first_here, last_here))
+        lives = [always.plus(live) for live in walk(schedule, rank, stages, sizes.residual)]
+        if device == "cuda":
+            lives.append(always.plus(Live(0, 0, _update_workspace(config, first_here or last_here))))
+        elif layout.shard_optimizer and config.mesh.dp > 1:
+            lives.append(always.plus(Live(0, 0, gradients)))  # gloo's reduce-scatter receives beside its input
+        activations, logits, workspace = (max(live[i] for live in lives) for i in range(3))
+        total = weights + gradients + optimizer + max(map(sum, lives))
+        result.append(Usage(weights, gradients, optimizer, activations, logits, workspace, total))
+    return result
+
+
+def _per_microbatch(sizes: Sizes, first: bool, last: bool) -> int:
+    """What is there of every micro-batch during the whole step: on a GPU ids and positions, and losses."""
+    ids = 8 * (1 + first + last) if sizes.device == "cuda" else 0
+    return sizes.tokens * (ids + (sizes.wide if last else 0))
+
+
+def optimizer_bytes(config: Config) -> int:
+    """Of a parameter: two moments and, where the parameter is narrower than they are, a master copy."""
+    parameter = PARAMETER_BYTES[config.train.precision]
+    wide = max(4, parameter)
+    return wide * (2 if parameter == wide else 3)
+
+
+def _update_workspace(config: Config, embedding: bool) -> int:
+    """Adam's denominators of the largest bucket, in a GPU's one piece, and of the bucket before it."""
+    layout, model = config.layout, config.model
+    bucket = layout.bucket_mb * 1e6
+    largest = -(-model.vocabulary // layout.tp) * model.hidden * 4 if embedding else bucket
+    return int(bucket + max(bucket, largest)) // (config.mesh.dp if layout.shard_optimizer else 1)
+
+
+def _steady(config: Config) -> int:
+    """Micro-batches after which the peaks of a schedule do not grow; GPipe's always do."""
+    count, layout = config.microbatches, config.layout
+    if layout.schedule == "gpipe" or count <= 3 * layout.stages:
+        return count
+    return 3 * layout.stages + count % layout.pp
+
+
+def _parameters(config: Config, layers: int) -> int:
+    """Of so many layers, on one tensor-parallel rank."""
+    model, tp = config.model, config.layout.tp
+    qkv = model.hidden + 2 * model.groups * model.head_dim
+    split = (qkv + model.ffn) * (model.hidden + 1) + (model.hidden + model.ffn) * model.hidden
+    return layers * (split // tp + 6 * model.hidden)
+
+
+def _end_parameters(config: Config, first: bool, last: bool) -> int:
+    """Of the first and the last stage: embedding, of which a rank holds one copy, positions and final norm."""
+    model = config.model
+    local_vocabulary = -(-model.vocabulary // config.layout.tp)
+    embedding = local_vocabulary * model.hidden if first or last else 0
+    return embedding + (model.positions * model.hidden if first else 0) + (2 * model.hidden if last else 0)
+
+
+def walk(schedule: Schedule, rank: int, stages: dict[int, StageMemory], message: int) -> Iterator[Live]:
+    """What is alive at every height of a rank's actions. ``message`` is the size of what stages hand each other.
+
+    Activations and gradients between stages are counted as long as someone holds them: the stage that made them, the
+    one that uses them, or the message that carries them.
+    """
+    live = Live()
+    held: Counter[tuple[bool, int, int]] = Counter()  # (gradient, boundary before this stage, micro-batch)
+    sent: deque[tuple[bool, int, int]] = deque()
+    last = len(schedule.placement) - 1
+
+    def now() -> Live:
+        return live.plus(Live(message * len(+held)))
+
+    for action in schedule.actions[rank]:
+        kind, stage, microbatch = action
+        into, out = (False, stage, microbatch), (False, stage + 1, microbatch)
+        d_into, d_out = (True, stage, microbatch), (True, stage + 1, microbatch)
+        if kind in (Kind.RECV_FORWARD, Kind.RECV_BACKWARD):
+            held[into if kind is Kind.RECV_FORWARD else d_out] += 1
+        elif kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
+            carried = out if kind is Kind.SEND_FORWARD else d_into
+            sent.append(carried)
+            if kind is Kind.SEND_FORWARD:
+                held[carried] += 1  # the output is also held for its backward pass
+        else:
+            memory = stages[stage]
+            local = _local_after(schedule, action)
+            yield from (now().plus(moment) for moment in memory.moments[kind])
+            if kind is Kind.FORWARD:
+                live = live.plus(memory.kept)
+                if stage < last:
+                    held[out] += 1 + local
+            elif kind is Kind.BACKWARD_WEIGHT:
+                live = live.minus(memory.put_off)
+            else:
+                live = live.minus(memory.kept)
+                if kind is Kind.BACKWARD_INPUT:
+                    live = live.plus(memory.put_off)
+                if stage > 0:
+                    held[into] -= 1
+                    held[d_into] += 1
+                if stage < last:
+                    held[out] -= 1
+                    held[d_out] -= 1
+        while len(sent) > schedule.sends_in_flight:
+            held[sent.popleft()] -= 1
+        yield now()
+
+
+def _local_after(schedule: Schedule, action: Action) -> bool:
+    """Whether the next stage is on this rank too, and takes the output as its input."""
+    stage = action.stage
+    return stage + 1 < len(schedule.placement) and schedule.placement[stage + 1] == schedule.placement[stage]
