@@ -13,23 +13,24 @@ from megapoly.context import ParallelContext
 from megapoly.data.samples import Batch
 from megapoly.engine import Engine
 from megapoly.layers.call import spec_of
+from megapoly.spec import Piece
 
-SEQUENCE, BATCH, VOCABULARY = 12, 8, 53  # a prime: no tp divides it, and tp 8 leaves a rank with padding only
+SEQUENCE, BATCH, VOCABULARY = 16, 8, 53  # a prime: no tp divides it, and tp 8 leaves a rank with padding only
+
+
+MODEL = ("layers", "heads", "key_value_heads", "dropout", "attention_dropout")
 
 
 def config(**layout: Any) -> Config:
-    """A run of two sources; ``layers``, ``heads`` and ``key_value_heads`` go to the model, the rest to the layout.
-
-    Layers never divide evenly by the stages.
-    """
+    """A run of two sources; keys of ``MODEL`` go to the model, the rest to the layout."""
     step = SEQUENCE * BATCH
-    layers = layout.pop("layers", 9 if layout.get("pp") == 8 else 5)
-    heads = layout.pop("heads", 8 if layout.get("tp") == 8 else 4)
+    heads = layout.get("heads", 8)
+    model = {key: layout.pop(key) for key in MODEL if key in layout}
     return parse(
         {
             "model": {
-                "layers": layers, "hidden": 32, "heads": heads, "ffn": 56, "vocabulary": VOCABULARY, "positions": 16,
-                "init_std": 0.2, "key_value_heads": layout.pop("key_value_heads", heads),
+                "layers": 9, "hidden": 32, "heads": heads, "ffn": 56, "vocabulary": VOCABULARY, "positions": 16,
+                "init_std": 0.2, **model,
             },
             "layout": layout,
             "data": {
@@ -48,7 +49,7 @@ def global_batch(step: int, *, documents: bool = False) -> Batch:
     random = np.random.default_rng(step)
     tokens = torch.from_numpy(random.integers(0, VOCABULARY, (BATCH, SEQUENCE)))
     labels = torch.from_numpy(random.integers(0, VOCABULARY, (BATCH, SEQUENCE)))
-    labels[0, :9] = -1
+    labels[0, :13] = -1
     labels[3] = -1
     numbers = torch.from_numpy(np.sort(random.integers(0, 4, (BATCH, SEQUENCE)), axis=1).astype(np.int32))
     starts = torch.cat((torch.ones(BATCH, 1, dtype=torch.bool), numbers[:, 1:] != numbers[:, :-1]), 1)
@@ -70,18 +71,23 @@ def engine(size: int, settings: Config) -> Engine:
     return built
 
 
-Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], np.ndarray]]
+Pieces = list[tuple[str, tuple[int, ...], Piece, np.ndarray]]
 
 
 def pieces(built: Engine, of: str) -> Pieces:
-    """This rank's boxes of ``of`` ('weight' or 'gradient'), tied copies too: name, shape, start, stop, values."""
+    """What this rank holds of every tensor, tied copies too: all of its weights, the gradients of its shards."""
+    built.buffers.settle()
     result: Pieces = []
-    for parameter in built.buffers.parameters:
-        spec = spec_of(parameter)
-        value = parameter.detach() if of == "weight" else built.buffers.gradient(parameter)
-        inside = value[tuple(slice(0, n) for n in spec.box.shape)]
-        result.append((spec.name, spec.shape, spec.box.start, spec.box.stop, inside.numpy().copy()))
-        assert not value.flatten()[spec.box.size :].any(), f"padding of {spec.name} is not zero"
+    if of == "weight":
+        for parameter in built.buffers.parameters:
+            spec, values = spec_of(parameter), parameter.detach().flatten()
+            assert not values[spec.box.size :].any(), f"padding of {spec.name} is not zero"
+            result.append((spec.name, spec.shape, Piece.of(spec.box), values[: spec.box.size].numpy().copy()))
+        return result
+    for part in built.buffers.parts():
+        bucket = built.buffers.buckets[part.bucket]
+        values = bucket.gradients[bucket.mine][part.at]
+        result.append((part.spec.name, part.spec.shape, part.piece, values.numpy().copy()))
     return result
 
 
@@ -89,12 +95,13 @@ def reassemble(ranks: Iterable[Pieces]) -> dict[str, np.ndarray]:
     """Logical tensors; copies of an element on several ranks have to be equal."""
     logical: dict[str, np.ndarray] = {}
     for rank in ranks:
-        for name, shape, start, stop, values in rank:
-            target = logical.setdefault(name, np.full(shape, np.nan))
-            view = target[tuple(slice(a, b) for a, b in zip(start, stop))]
-            known = ~np.isnan(view)
-            np.testing.assert_allclose(values[known], view[known], rtol=1e-12, atol=1e-13, err_msg=f"copies of {name}")
-            view[...] = values
+        for name, shape, piece, values in rank:
+            target = logical.setdefault(name, np.full(shape, np.nan)).reshape(-1)
+            box = tuple(slice(a, b) for a, b in zip(piece.box.start, piece.box.stop))
+            at = np.arange(target.size).reshape(shape)[box].reshape(-1)[piece.start : piece.stop]
+            known = ~np.isnan(target[at])
+            np.testing.assert_allclose(values[known], target[at[known]], rtol=1e-12, atol=1e-13, err_msg=name)
+            target[at] = values
     assert not any(np.isnan(value).any() for value in logical.values()), "an element that no rank holds"
     return logical
 
@@ -109,11 +116,11 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
 
 
 def one_pass(rank: int, size: int, settings: Config, documents: bool) -> tuple[list[float], Pieces]:
-    """Loss sums, counted tokens and squared norm; gradients."""
+    """Squared norms of gradients and parameters, loss sums and counted tokens; gradients."""
     built = engine(size, settings)
     head, sums = built.gradients(mine(global_batch(0, documents=documents), built), sources=2)
     built.context.close()
-    return [float(head[0]), *sums.flatten().tolist()], pieces(built, "gradient")
+    return [float(head[0]), float(head[2]), *sums.flatten().tolist()], pieces(built, "gradient")
 
 
 def some_steps(rank: int, size: int, settings: Config, steps: int) -> tuple[list[float], Pieces]:

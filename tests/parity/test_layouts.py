@@ -1,113 +1,174 @@
-"""The same loss, gradients and weights under every layout, in float64, against one process."""
+"""The same loss, gradients and weights under every layout and option, in float64, against one process.
+
+The matrix: every factorisation of 1, 2, 4 and 8 ranks into dp x pp x tp, with every combination of micro-batch size,
+schedule, sequence parallelism, sharded optimizer and recomputation that it allows; dropout, uneven stages and separated
+documents are drawn with a seed in each. CI runs a sample in which every value of every option comes with every layout.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.parity import cases
-from tests.ranks import run_cases, run_ranks
+from tests.ranks import run_cases
 
-GRADIENTS, WEIGHTS = 1e-10, 1e-9
-Combination = tuple[int, int, int, int, str, bool]  # dp, pp, tp, micro-batch, schedule, separate documents
+GRADIENTS, WEIGHTS, STEPS = 1e-10, 1e-9, 10
+SIZES = (1, 2, 4, 8)
+Case = tuple[tuple[str, Any], ...]  # keys of cases.config, and "documents"
+
+# Values of every option; layouts restrict some of them.
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "micro_batch": (1, 2, 4, 8),
+    "schedule": ("gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"),
+    "sequence_parallel": (True, False),
+    "shard_optimizer": (True, False),
+    "recompute": (("none", 1), ("selective", 1), ("full", 1), ("full", 3)),
+    "dropout": (0.0, 0.2),
+    "stage_layers": ("balanced", "uneven"),
+    "documents": (False, True),
+}
+
+
+DRAWN = ("dropout", "stage_layers", "documents")
 
 
 def layouts(size: int) -> list[tuple[int, int, int]]:
     """Every (dp, pp, tp) of ``size`` ranks."""
-    sizes = [n for n in (1, 2, 4, 8) if n <= size]
-    return [(dp, pp, tp) for dp in sizes for pp in sizes for tp in sizes if dp * pp * tp == size]
+    return [(dp, pp, tp) for dp in SIZES for pp in SIZES for tp in SIZES if dp * pp * tp == size]
 
 
-def combinations(size: int) -> list[Combination]:
-    return [
-        (dp, pp, tp, micro, schedule, documents)
-        for dp, pp, tp in layouts(size)
-        for micro in (1, 2, 4, 8)
-        if cases.BATCH % (dp * micro) == 0
-        for schedule in ("gpipe", "1f1b")
-        for documents in (False, True)
-    ]
+def allowed(dp: int, pp: int, tp: int) -> dict[str, tuple[Any, ...]]:
+    """The options that mean something under a layout."""
+    most = cases.BATCH // dp
+    schedules = OPTIONS["schedule"] if pp > 1 else ("1f1b",)
+    if pp == 8:  # 16 stages are more than the layers
+        schedules = tuple(name for name in schedules if name not in ("interleaved", "zero-bubble-v"))
+    return {
+        **OPTIONS,
+        "micro_batch": tuple(n for n in OPTIONS["micro_batch"] if n <= most),
+        "schedule": schedules,
+        "sequence_parallel": OPTIONS["sequence_parallel"] if tp > 1 else (True,),
+        "shard_optimizer": OPTIONS["shard_optimizer"] if dp > 1 else (True,),
+        "stage_layers": OPTIONS["stage_layers"] if pp > 1 else ("balanced",),
+    }
+
+
+def combinations(size: int) -> Iterator[dict[str, Any]]:
+    for dp, pp, tp in layouts(size):
+        options = allowed(dp, pp, tp)
+        drawn = {key: options.pop(key) for key in DRAWN}
+        for values in itertools.product(*options.values()):
+            case = {"dp": dp, "pp": pp, "tp": tp, **dict(zip(options, values))}
+            pick = random.Random(str(case))
+            case |= {key: pick.choice(choices) for key, choices in drawn.items()}
+            microbatches = cases.BATCH // (dp * case["micro_batch"])
+            if case["schedule"] != "interleaved" or microbatches % pp == 0:
+                yield case
+
+
+def sample(size: int) -> list[dict[str, Any]]:
+    """A few of the combinations of every layout, drawn with a seed, that together have every value of every option."""
+    chosen = []
+    for layout in layouts(size):
+        group = [case for case in combinations(size) if (case["dp"], case["pp"], case["tp"]) == layout]
+        random.Random(str(layout)).shuffle(group)
+        wanted = {(key, case[key]) for case in group for key in OPTIONS}
+        while wanted:
+            best = max(group, key=lambda case: len(wanted & set(case.items())))
+            wanted -= set(best.items())
+            chosen.append(best)
+    return chosen
+
+
+def settings(case: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Keys of ``cases.config`` and whether documents are separated."""
+    keys = dict(case)
+    keys["recompute"], keys["recompute_every"] = keys["recompute"]
+    keys["attention_dropout"] = keys["dropout"] / 2
+    stages = keys["pp"] * (2 if keys["schedule"] in ("interleaved", "zero-bubble-v") else 1)
+    uneven = keys.pop("stage_layers") == "uneven"
+    if uneven:  # the ends hold as little as may be, the first but one the rest
+        middle = stages - 2
+        keys["stage_layers"] = (0, 9 - max(0, middle - 1), *(1,) * (middle - 1), 0) if middle > 0 else (8, 1)
+    documents = keys.pop("documents")
+    return {**keys, "bucket_mb": 0.05}, documents
 
 
 @functools.cache
-def one_process(layers: int, heads: int, documents: bool) -> tuple[list[float], dict[str, np.ndarray]]:
-    numbers, gradients = cases.one_pass(0, 1, cases.config(micro_batch=8, dp=1, layers=layers, heads=heads), documents)
+def one_process(dropout: float, documents: bool) -> tuple[list[float], dict[str, np.ndarray]]:
+    alone = cases.config(dp=1, micro_batch=8, dropout=dropout, attention_dropout=dropout / 2)
+    numbers, gradients = cases.one_pass(0, 1, alone, documents)
     return numbers, cases.reassemble([gradients])
 
 
-def check(size: int, chosen: list[Combination]) -> None:
-    settings = [
-        (cases.config(dp=dp, pp=pp, tp=tp, micro_batch=micro, schedule=schedule, bucket_mb=0.05), documents)
-        for dp, pp, tp, micro, schedule, documents in chosen
-    ]
-    for case, results in zip(chosen, run_cases(size, cases.one_pass, settings, timeout=600)):
-        numbers, expected = one_process(*_shape(case), case[5])
+def check(size: int, chosen: list[dict[str, Any]]) -> None:
+    runs = [(cases.config(**keys), documents) for keys, documents in map(settings, chosen)]
+    for case, results in zip(chosen, run_cases(size, cases.one_pass, runs, timeout=3000)):
+        numbers, expected = one_process(case["dropout"], case["documents"])
         for found, _ in results:
-            np.testing.assert_allclose(found, numbers, rtol=GRADIENTS)
-        cases.assert_close(cases.reassemble(pieces for _, pieces in results), expected, GRADIENTS)
+            np.testing.assert_allclose(found, numbers, rtol=GRADIENTS, err_msg=str(case))
+        try:
+            cases.assert_close(cases.reassemble(pieces for _, pieces in results), expected, GRADIENTS)
+        except AssertionError as error:
+            raise AssertionError(f"in {case}") from error
 
 
-def _shape(case: Combination) -> tuple[int, int]:
-    """Layers and heads of the model that ``cases.config`` makes for a layout."""
-    model = cases.config(dp=case[0], pp=case[1], tp=case[2]).model
-    return model.layers, model.heads
-
-
-def _by_layout(chosen: list[Combination]) -> dict[tuple[int, int, int], list[Combination]]:
-    groups: dict[tuple[int, int, int], list[Combination]] = {}
-    for case in chosen:
-        groups.setdefault(case[:3], []).append(case)
-    return groups
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", SIZES)
 def test_gradients_equal_one_process(size: int) -> None:
-    """Every layout, each with a seeded sample of micro-batch size, schedule and separated documents."""
-    chosen = [
-        case
-        for layout, group in _by_layout(combinations(size)).items()
-        for case in random.Random(str(layout)).sample(group, min(3, len(group)))
-    ]
-    check(size, chosen)
+    check(size, sample(size))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", SIZES)
 def test_gradients_equal_one_process_in_all_combinations(size: int) -> None:
-    check(size, combinations(size))
+    check(size, list(combinations(size)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_weights_after_twenty_steps_equal_one_process(size: int) -> None:
-    """Every layout; schedule and micro-batch size drawn with a seed."""
-    chosen = [
-        random.Random(str(layout)).choice([case for case in group if not case[5]])
-        for layout, group in _by_layout(combinations(size)).items()
-    ]
-    settings = [
-        (cases.config(dp=dp, pp=pp, tp=tp, micro_batch=micro, schedule=schedule, bucket_mb=0.05), 20)
-        for dp, pp, tp, micro, schedule, _ in chosen
-    ]
-    for case, results in zip(chosen, run_cases(size, cases.some_steps, settings, timeout=600)):
-        numbers, weights = _twenty_steps(*_shape(case))
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_after_ten_steps_equal_one_process(size: int) -> None:
+    """Every layout, the other options drawn with a seed."""
+    chosen = []
+    for layout in layouts(size):
+        group = [
+            case
+            for case in combinations(size)
+            if (case["dp"], case["pp"], case["tp"]) == layout
+            and not case["documents"]
+            and cases.BATCH // (case["dp"] * case["micro_batch"]) <= 4  # few messages: these are many steps
+        ]
+        chosen.append(random.Random(f"steps {layout}").choice(group))
+    runs = [(cases.config(**keys), STEPS) for keys, _ in map(settings, chosen)]
+    for case, results in zip(chosen, run_cases(size, cases.some_steps, runs, timeout=600)):
+        numbers, weights = ten_steps(case["dropout"])
         for found, _ in results:
-            np.testing.assert_allclose(found, numbers, rtol=WEIGHTS)
+            np.testing.assert_allclose(found, numbers, rtol=WEIGHTS, err_msg=str(case))
         cases.assert_close(cases.reassemble(pieces for _, pieces in results), weights, WEIGHTS)
 
 
 @functools.cache
-def _twenty_steps(layers: int, heads: int) -> tuple[list[float], dict[str, np.ndarray]]:
-    numbers, weights = cases.some_steps(0, 1, cases.config(dp=1, micro_batch=8, layers=layers, heads=heads), 20)
+def ten_steps(dropout: float) -> tuple[list[float], dict[str, np.ndarray]]:
+    alone = cases.config(dp=1, micro_batch=8, dropout=dropout, attention_dropout=dropout / 2)
+    numbers, weights = cases.some_steps(0, 1, alone, STEPS)
     return numbers, cases.reassemble([weights])
 
 
 def test_grouped_queries_equal_one_process() -> None:
-    one = cases.config(dp=1, micro_batch=8, key_value_heads=2)
-    numbers, gradients = cases.one_pass(0, 1, one, False)
-    settings = cases.config(dp=2, tp=2, micro_batch=2, key_value_heads=2)
-    results = run_ranks(4, cases.one_pass, settings, False)
-    np.testing.assert_allclose(results[0][0], numbers, rtol=GRADIENTS)
-    cases.assert_close(cases.reassemble(p for _, p in results), cases.reassemble([gradients]), GRADIENTS)
+    for dropout in (0.0, 0.1):  # the fused attention, and the one that drops probabilities
+        keys = {"heads": 4, "key_value_heads": 2, "attention_dropout": dropout}
+        numbers, gradients = cases.one_pass(0, 1, cases.config(dp=1, micro_batch=8, **keys), False)
+        layout = cases.config(dp=2, tp=2, micro_batch=2, **keys)
+        (results,) = run_cases(4, cases.one_pass, [(layout, False)])
+        np.testing.assert_allclose(results[0][0], numbers, rtol=GRADIENTS)
+        cases.assert_close(cases.reassemble(p for _, p in results), cases.reassemble([gradients]), GRADIENTS)
+
+
+def test_the_matrix_has_the_size_that_the_readme_states() -> None:
+    assert sum(len(sample(size)) for size in SIZES) == 89
+    assert sum(1 for size in SIZES for _ in combinations(size)) == 1444
