@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build train test test-long check lint types format clean
+.PHONY: help build train bench test test-long check lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile $(SOURCES)
 
 train: build ## the main job on a CPU: real text in 18 languages to a trained, resumed and sampled model
 	$(BIN)/python examples/demo/run.py
+
+bench: build ## the speed of a training step against peers, into benchmarks/results; some minutes, on a quiet machine
+	$(BIN)/megapoly bench step --save benchmarks/results
 
 test: build ## the tests, in under 10 minutes on 2 cores
 	$(PYTEST) -m "not long"
