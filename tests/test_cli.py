@@ -47,7 +47,7 @@ def test_plan_schedule_takes_its_options(
     capsys.readouterr()
     for options, message in (
         ("3", "3 micro-batches are not a multiple of 2"),
-        ("2 --forward -1", "forward takes -0.5, "),
+        ("2 --forward -1", "forward takes -1.0, "),
     ):
         with pytest.raises(SystemExit, match="1"):
             main([*command, *options.split()])

@@ -34,15 +34,17 @@ def plan_schedule(
     """
     from megapoly.data.files import write_whole
     from megapoly.pipeline import comparison
+    from megapoly.pipeline.generators import GENERATORS
     from megapoly.pipeline.picture import draw
     from megapoly.pipeline.timeline import render
 
     if picture is not None and picture.suffix != ".svg":
         raise ConfigError(f"--picture {picture}: the picture is an SVG file; give it a name that ends with .svg")
+    if schedule not in GENERATORS:
+        raise ConfigError(f"unknown schedule {schedule!r}; known: {', '.join(GENERATORS)}")
     try:
-        times = (forward, backward, communication)
-        chosen = comparison.compare_one(schedule, pp, microbatches, virtual, *times)
-        compared = comparison.compare(pp, microbatches, virtual, *times)
+        compared = comparison.compare(pp, microbatches, virtual, forward, backward, communication)
+        chosen = comparison.pick(compared, schedule)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     console = Console(highlight=False, soft_wrap=True)

@@ -48,31 +48,7 @@ def compare(
     backward: float = 2.0,
     communication: float = 0.0,
 ) -> list[Compared | Refused]:
-    """Every known schedule with the same model, ranks and micro-batches; see :func:`compare_one`.
-
-    Raises ValueError for times that cannot be.
-    """
-    compared: list[Compared | Refused] = []
-    for name in GENERATORS:
-        try:
-            build(name, pp, microbatches, virtual if name == "interleaved" else None)
-        except ValueError as error:
-            compared.append(Refused(name, str(error)))
-        else:
-            compared.append(compare_one(name, pp, microbatches, virtual, forward, backward, communication))
-    return compared
-
-
-def compare_one(
-    name: str,
-    pp: int,
-    microbatches: int,
-    virtual: int | None = None,
-    forward: float = 1.0,
-    backward: float = 2.0,
-    communication: float = 0.0,
-) -> Compared:
-    """One schedule.
+    """Every known schedule with the same model, ranks and micro-batches.
 
     Args:
         virtual: stages per rank of ``interleaved``; 2 where not given.
@@ -80,13 +56,29 @@ def compare_one(
         backward: of the backward; split in halves where the schedule splits it.
         communication: time of a message.
 
-    Raises ValueError for what there is no schedule of, and for times that cannot be.
+    Raises ValueError for times that cannot be.
     """
-    schedule = build(name, pp, microbatches, virtual if name == "interleaved" else None)
-    stages = len(schedule.placement) // pp
-    timeline = simulate(schedule, forward / stages, backward / stages, communication)
+    compared: list[Compared | Refused] = []
     half = backward / 2
-    return Compared(name, timeline, closed_formula(name, pp, microbatches, stages, forward, half, half))
+    for name in GENERATORS:
+        try:
+            schedule = build(name, pp, microbatches, virtual if name == "interleaved" else None)
+        except ValueError as error:
+            compared.append(Refused(name, str(error)))
+            continue
+        stages = len(schedule.placement) // pp
+        timeline = simulate(schedule, forward / stages, backward / stages, communication)
+        formula = closed_formula(name, pp, microbatches, stages, forward, half, half)
+        compared.append(Compared(name, timeline, formula))
+    return compared
+
+
+def pick(compared: Sequence[Compared | Refused], name: str) -> Compared:
+    """The schedule of a known name. Raises ValueError, with the reason, where it was refused."""
+    chosen = next(each for each in compared if each.name == name)
+    if isinstance(chosen, Refused):
+        raise ValueError(chosen.reason)
+    return chosen
 
 
 def closed_formula(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapoly.pipeline.comparison import HEADS, Compared, Refused, cells, closed_formula, compare, compare_one, rows
+from megapoly.pipeline.comparison import HEADS, Compared, Refused, cells, closed_formula, compare, pick, rows
 from tests.pipeline.cases import NAMES
 
 
@@ -50,7 +50,7 @@ def test_the_table_and_the_rows_of_four_ranks():
         ("zero-bubble", "5.9%", "5.9%", "5.9%", "4", "51", "96"),
         ("zero-bubble-v", "3.0%", "3.0%", "0.0%", "4", "49.5", "192"),
     ]
-    made = {row["name"]: row for row in rows(compare_one("interleaved", 4, 16), compared)}
+    made = {row["name"]: row for row in rows(pick(compared, "interleaved"), compared)}
     assert made["interleaved: bubble"]["value"] == pytest.approx(made["interleaved: bubble"]["limit"])
     assert [made[f"interleaved, rank {rank}: peak"]["value"] for rank in range(4)] == [5.5, 4.5, 3.5, 2.5]
 
@@ -58,10 +58,10 @@ def test_the_table_and_the_rows_of_four_ranks():
 def test_what_cannot_run_is_listed_with_the_reason():
     compared = compare(4, 10)
     assert cells(compared[2]) == ("interleaved", *["-"] * (len(HEADS) - 1))
-    made = {row["name"]: row for row in rows(compare_one("1f1b", 4, 10), compared)}
+    made = {row["name"]: row for row in rows(pick(compared, "1f1b"), compared)}
     assert made["interleaved"]["value"] is None
     assert made["interleaved"]["note"].endswith("the nearest that works is 8 or 12")
     with pytest.raises(ValueError, match="not a multiple of 4"):
-        compare_one("interleaved", 4, 10)
+        pick(compared, "interleaved")
     with pytest.raises(ValueError, match="above 0 and finite"):
         compare(4, 8, forward=-1.0)
