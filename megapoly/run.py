@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megapoly import comm
-from megapoly.checkpoint import state, store
+from megapoly.checkpoint import folders, state, store
 from megapoly.checkpoint.state import Counters
 from megapoly.config import Config
 from megapoly.context import ParallelContext
@@ -176,7 +176,7 @@ def _choose(config: Config, resume: Resume) -> Path | None:
     """The checkpoint to go on from; None begins a run."""
     folder = config.train.directory
     checkpoints = folder / CHECKPOINTS
-    whole = store.steps(checkpoints)
+    whole = folders.steps(checkpoints)
     if resume == "always" or (resume == "if-any" and whole):
         return state.newest(checkpoints)
     begun = (folder / CONFIG).exists()

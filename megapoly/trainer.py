@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megapoly import comm
-from megapoly.checkpoint import store
+from megapoly.checkpoint import folders, store
 from megapoly.checkpoint.state import Counters
 from megapoly.data.loader import Loader
 from megapoly.engine import StepResult
@@ -220,7 +220,7 @@ def _roll_back(run: Run, recorder: Recorder, spike: Spike) -> None:
     # Before the first step of the new branch: a checkpoint of the old one must never be taken for one of the new.
     folder = f"left-branch-{parent}"
     retired = agree(
-        context, lambda: store.retire(run.checkpoints, counters.step, folder) if context.rank == 0 else None
+        context, lambda: folders.retire(run.checkpoints, counters.step, folder) if context.rank == 0 else None
     )
     recorder.rollback(
         str(spike),
@@ -244,10 +244,10 @@ def _before(run: Run, spike: Spike) -> Path:
             f"{spike}; the run has rolled back {run.branch.number} times already (stability.most_rollbacks). {hint}, or"
             " raise stability.most_rollbacks"
         )
-    steps = [step for step in store.steps(run.checkpoints) if step < spike.first]
+    steps = [step for step in folders.steps(run.checkpoints) if step < spike.first]
     if not steps:
         raise TrainingError(
             f"{spike}; {run.checkpoints} has no checkpoint from before it to go back to. {hint}, or save more often"
             " (checkpoint.every_steps) and keep more (checkpoint.keep)"
         )
-    return store.folder(run.checkpoints, steps[-1])
+    return folders.folder(run.checkpoints, steps[-1])

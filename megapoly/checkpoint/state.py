@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megapoly import comm
-from megapoly.checkpoint import store
+from megapoly.checkpoint import folders, store
 from megapoly.config import Config, Model
 from megapoly.context import ParallelContext
 from megapoly.data.plan import Plan
@@ -144,7 +144,7 @@ def differences(found: Any, wanted: Any, has: str, other: str) -> list[str]:
 
 def newest(path: Path) -> Path:
     """The newest whole checkpoint in a folder of them, or the folder itself where it is one."""
-    return path if (path / "manifest.json").exists() else store.newest(path)
+    return path if (path / folders.MANIFEST).exists() else folders.newest(path)
 
 
 def saved_config(reader: store.Reader) -> Config:

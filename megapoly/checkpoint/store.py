@@ -6,17 +6,14 @@
 A file holds pieces as tensors: a piece that is a whole box in the shape of the box, another one flat. The manifest is
 one JSON object; its first line is the CRC-32 of the bytes after it, and every file has a CRC-32 per 1 MiB block.
 A checkpoint is written under a name that starts with a dot and renamed when it is whole, so a killed save leaves the
-earlier ones as they were. Those of a branch that the run has left move into a folder of their own. Nothing here knows
-of models: names, shapes and pieces are the caller's.
+earlier ones as they were. Nothing here knows of models: names, shapes and pieces are the caller's.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,14 +24,13 @@ from typing import Any
 import torch
 
 from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
+from megapoly.checkpoint.folders import MANIFEST, folder, prune
 from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
 from megapoly.data.files import sync_folder
 from megapoly.errors import CheckpointError, everywhere
 from megapoly.spec import Box, Index, Piece
 
 _FORMAT, _VERSION = "megapoly-checkpoint", 1
-_MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def save(
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
             elif keep is not None:
-                _prune(root, step, keep, keep_before)
+                prune(root, step, keep, keep_before)
         problem = tell(problem)
     if problem is None:
         return final
@@ -202,56 +198,11 @@ def _finish(final: Path, temporary: Path, manifest: dict[str, Any]) -> None:
     for name, tensor in manifest["tensors"].items():
         check_tiling(name, tuple(tensor["shape"]), [(piece["file"], _piece(piece)) for piece in tensor["pieces"]])
     rest = json.dumps(manifest, separators=(",", ":"), allow_nan=False)[1:].encode()
-    with BlockFile(temporary / _MANIFEST) as file:
+    with BlockFile(temporary / MANIFEST) as file:
         file.write(_checksum_line(rest) + rest)
     sync_folder(temporary)
     os.rename(temporary, final)
     sync_folder(final.parent)
-
-
-def _prune(root: Path, step: int, keep: int, keep_before: int | None) -> None:
-    found = [each for each in steps(root) if each <= step]
-    kept = {*found[-keep:], *[each for each in found if keep_before is not None and each < keep_before][-1:]}
-    for old in found:
-        if old not in kept:
-            _remove(folder(root, old))
-
-
-def _remove(checkpoint: Path) -> None:
-    """Renamed first, so that a kill in the middle leaves no half checkpoint under a whole one's name."""
-    try:
-        hidden = checkpoint.with_name(f".{checkpoint.name}")
-        os.rename(checkpoint, hidden)
-        shutil.rmtree(hidden)
-    except OSError as error:
-        warnings.warn(f"{checkpoint}: an old checkpoint could not be removed ({error})", stacklevel=2)
-
-
-def retire(root: Path, after: int, name: str) -> list[int]:
-    """Move the checkpoints of steps after ``after`` into the folder ``root/name``; return their steps.
-
-    Each moves by one rename, the newest first: a kill in between leaves a row of whole checkpoints without a gap. One
-    of the same step that an interrupted start has left there before is replaced.
-
-    Raises:
-        CheckpointError: one could not be moved.
-    """
-    later = [step for step in reversed(steps(root)) if step > after]
-    try:
-        for step in later:
-            target = folder(root / name, step)
-            if target.exists():
-                _remove(target)
-            target.parent.mkdir(exist_ok=True)
-            os.rename(folder(root, step), target)
-            sync_folder(target.parent)
-            sync_folder(root)
-    except OSError as error:
-        raise CheckpointError(
-            f"{root}: checkpoint {step} of a branch that is left could not be moved into {name} ({error.strerror});"
-            " move it away by hand, then resume"
-        ) from error
-    return later
 
 
 def _checksum_line(rest: bytes) -> bytes:
@@ -260,27 +211,6 @@ def _checksum_line(rest: bytes) -> bytes:
 
 def _piece(row: Mapping[str, Any]) -> Piece:
     return Piece(Box(tuple(row["start"]), tuple(row["stop"])), *row["range"])
-
-
-def folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
-    return root / f"step-{step:08d}"
-
-
-def steps(root: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending; none where there is no folder."""
-    found = (_STEP.fullmatch(path.name) for path in root.iterdir()) if root.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match and (root / match[0] / _MANIFEST).is_file())
-
-
-def newest(root: Path) -> Path:
-    """Folder of the whole checkpoint with the most steps."""
-    found = steps(root)
-    if not found:
-        raise CheckpointError(
-            f"{root}: no whole checkpoint (a folder step-N with a {_MANIFEST}); check the path, or start a new run"
-        )
-    return folder(root, found[-1])
 
 
 class Reader:
@@ -298,7 +228,7 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        document = _read_manifest(path / _MANIFEST)
+        document = _read_manifest(path / MANIFEST)
         try:
             self.step: int = document["step"]
             self.meta: dict[str, Any] = document["meta"]
@@ -314,7 +244,7 @@ class Reader:
                 for row in tensor["pieces"]:
                     self._pieces[name].append((self._files[row["file"]], row["key"], _piece(row)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path / _MANIFEST}: is not a checkpoint's manifest ({error!r})") from error
+            raise CheckpointError(f"{path / MANIFEST}: is not a checkpoint's manifest ({error!r})") from error
         for file in self._files.values():
             file.check_size()
 

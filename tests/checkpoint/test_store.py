@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapoly.checkpoint import files, store
+from megapoly.checkpoint.folders import newest, retire, steps
 from megapoly.checkpoint.pieces import check_tiling
-from megapoly.checkpoint.store import Entry, Reader, newest, retire, save, steps
+from megapoly.checkpoint.store import Entry, Reader, save
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 

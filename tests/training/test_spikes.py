@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from megapoly import config
-from megapoly.checkpoint import store
+from megapoly.checkpoint import folders, store
 from megapoly.context import ParallelContext
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.loader import open_datasets
@@ -98,8 +98,8 @@ def check_rolled_back(run: Path, losses: list[float]) -> None:
     left = {event["step"]: event["loss"] for event in events if event["kind"] == "train"}
     assert sorted(left) == [9, 10, 11]
     assert min(left[10], left[11]) > max(losses[8:]) + 1.5
-    assert store.steps(run / "checkpoints") == [16, 18, 20]
-    assert store.steps(run / "checkpoints/left-branch-0") == [10]
+    assert folders.steps(run / "checkpoints") == [16, 18, 20]
+    assert folders.steps(run / "checkpoints/left-branch-0") == [10]
     newest = store.Reader(run / "checkpoints/step-00000020").meta
     assert newest["guards"]["branch"] == [{"step": 8, "sample": 64, "skipped": 32}]
     assert Plan.from_document(newest["plan"]).segments[-1].skipped == 32
@@ -144,14 +144,14 @@ def test_a_rollback_that_is_interrupted_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "retire", killed)
+        patched.setattr(folders, "retire", killed)
         with pytest.raises(KeyboardInterrupt):
             go(1, spiking, run)
     with monkeypatch.context() as patched:  # once more, after everything but the first step of the new branch
         patched.setattr("megapoly.metrics.Recorder.rollback", killed)
         with pytest.raises(KeyboardInterrupt):
             go(1, spiking, run, resume=True)
-    assert store.steps(run / "checkpoints") == [6, 8]
+    assert folders.steps(run / "checkpoints") == [6, 8]
     go(1, spiking, run, resume=True)
     check_rolled_back(run, by_hand(spiking))
 

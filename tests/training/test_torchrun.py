@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megapoly.checkpoint import store
+from megapoly.checkpoint import folders
 from tests.corpus import lines
 from tests.training.torchrun import command, linux, read_until, started
 
@@ -22,7 +22,7 @@ def test_sigterm_saves_and_resume_goes_on(toml: Path, tmp_path: Path) -> None:
         process.terminate()
         rest, _ = process.communicate(timeout=60)
     assert "asked to stop" in rest
-    (step,) = store.steps(run / "checkpoints")
+    (step,) = folders.steps(run / "checkpoints")
     assert step >= 3
     with started(command(toml, run, *LONG, "--resume", "--stop-step", str(step + 2), ranks=1)) as process:
         rest, _ = process.communicate(timeout=60)
