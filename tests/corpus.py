@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 from megapoly.data import builder
-from megapoly.data.tokenizer import Tokenizer, train_tokenizer
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.tokenizer_training import train_tokenizer
 
 LETTERS = {"en": "abcdefghij", "ru": "абвгдежзик"}
 STEP = 8 * 16  # tokens of a global batch

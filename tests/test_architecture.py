@@ -25,7 +25,7 @@ FLOORS = (
     {"checkpoint"},
     {"engine"},
     {"generate", "metrics", "watchdog", "stragglers", "profiling", "stability", "validation", "run", "trainer"},
-    {"launch", "evaluate", "instruct", "plan", "bench"},
+    {"launch", "evaluate", "instruct", "plan", "bench", "charts"},
     {"cli"},
     {"__main__"},
 )

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megapoly.config import load
 from megapoly.context import ParallelContext
-from megapoly.data.tokenizer import train_tokenizer
+from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.errors import CheckpointError, ConfigError, DataError
 from megapoly.generate import Generator, Sampling, choose
 from megapoly.layers.call import Call

@@ -13,8 +13,9 @@ from rich.text import Text
 from megapoly import __version__
 from megapoly.cli.bench import bench_app
 from megapoly.cli.common import SETTINGS
-from megapoly.cli.data import data_app, tokenizer_app
+from megapoly.cli.data import data_app
 from megapoly.cli.plan import plan_app
+from megapoly.cli.tokenizer import tokenizer_app
 from megapoly.errors import MegapolyError
 
 app = typer.Typer(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich", "pretty_exceptions_enable": False}
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 
 

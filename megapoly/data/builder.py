@@ -23,7 +23,8 @@ import numpy.typing as npt
 import megapoly
 from megapoly.data import _index, bilingual
 from megapoly.data.files import JsonLines, Record, partial, sync_folder, temporaries, write_synced
-from megapoly.data.indexed import Checksums, Sidecar, TokenizerMark, Validation, dtype_code, part
+from megapoly.data.indexed import dtype_code, part
+from megapoly.data.sidecar import Checksums, Sidecar, TokenizerMark, Validation
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import ConfigError, DataError
 

@@ -4,7 +4,7 @@ PREFIX.bin holds the tokens of all documents, one after another. PREFIX.idx, lit
 dtype code (u8), number of sequences n (u64), number of document indices d + 1 (u64), n lengths in tokens (i32), n
 pointers in bytes (i64), d + 1 indices (i64): document i is sequences [indices[i], indices[i + 1]). The format is that
 of megatron.core.datasets.indexed_dataset. We write one sequence per document and read any number. PREFIX.json, which
-only megapoly writes, is a :class:`Sidecar`. Held-out documents stand at the end of the file.
+only megapoly writes, is a :class:`~megapoly.data.sidecar.Sidecar`. Held-out documents stand at the end of the file.
 """
 
 from __future__ import annotations
@@ -16,22 +16,18 @@ import os
 import struct
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pydantic
 
 from megapoly.data import _index
+from megapoly.data.sidecar import Sidecar
 from megapoly.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-
-Count = Annotated[int, pydantic.Field(ge=0)]
 
 
 def dtype_code(vocabulary: int) -> int:
@@ -42,85 +38,6 @@ def dtype_code(vocabulary: int) -> int:
 def part(prefix: Path, suffix: str) -> Path:
     """The file of a dataset with a suffix such as ``.bin``."""
     return prefix.with_name(prefix.name + suffix)
-
-
-class _Frozen(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TokenizerMark(_Frozen):
-    """The tokenizer that wrote a dataset."""
-
-    sha256: str
-    vocabulary: int
-
-
-class Validation(_Frozen):
-    """The held-out documents: the share that was asked for, the seed of the split, and what came out."""
-
-    fraction: float
-    seed: int
-    documents: Count
-    tokens: Count
-    bytes: Count
-
-
-class Checksums(_Frozen):
-    """CRC-32 of every block of ``block`` bytes of the .bin and the .idx: eight hexadecimal digits each, joined."""
-
-    block: int
-    bin: str
-    idx: str
-
-    @staticmethod
-    def join(crcs: Sequence[int]) -> str:
-        return "".join(f"{crc:08x}" for crc in crcs)
-
-    @staticmethod
-    def split(digits: str) -> list[int]:
-        return [int(digits[i : i + 8], 16) for i in range(0, len(digits), 8)]
-
-
-class Sidecar(_Frozen):
-    """PREFIX.json. ``documents``, ``tokens`` and ``bytes`` (of UTF-8 text) count the held-out ones too.
-
-    Tokens include the one that ends every document, bytes do not.
-    """
-
-    format: Literal["megapoly-indexed"] = "megapoly-indexed"
-    version: Literal[1] = 1
-    language: str
-    tokenizer: TokenizerMark
-    documents: Count
-    tokens: Count
-    bytes: Count
-    validation: Validation
-    checksums: Checksums
-    tool: str
-
-    @classmethod
-    def read(cls, path: Path) -> Sidecar | None:
-        """The sidecar at ``path``, None where there is none.
-
-        Raises:
-            DataError: the file is not a sidecar.
-        """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        except pydantic.ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(str(at) for at in problem["loc"])
-            raise DataError(
-                f"{path}: is not the sidecar of an indexed dataset ({key + ': ' if key else ''}{problem['msg']});"
-                " build the dataset again"
-            ) from error
-
-    def text(self) -> str:
-        return self.model_dump_json(indent=1) + "\n"
 
 
 class IndexedDataset:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megapoly.data._index import BLOCK_BYTES
-from megapoly.data.indexed import HEADER, Checksums, IndexedDataset
+from megapoly.data.indexed import HEADER, IndexedDataset
+from megapoly.data.sidecar import Checksums
 from megapoly.errors import DataError
 
 _CHUNK = 1 << 20  # entries of the .idx looked at together

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from megapoly.data import _index
-from megapoly.data.indexed import Checksums, Sidecar, TokenizerMark, Validation, dtype_code
+from megapoly.data.indexed import dtype_code
+from megapoly.data.sidecar import Checksums, Sidecar, TokenizerMark, Validation
 
 VOCABULARY = 1000
 

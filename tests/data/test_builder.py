@@ -17,7 +17,7 @@ from megapoly.cli import main
 from megapoly.data import builder
 from megapoly.data.builder import Options, Progress, build, held_out
 from megapoly.data.indexed import IndexedDataset
-from megapoly.data.tokenizer import train_tokenizer
+from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.data.verify import verify
 from megapoly.errors import ConfigError, DataError
 

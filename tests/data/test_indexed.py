@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megapoly.data import _index
-from megapoly.data.indexed import HEADER, Checksums, IndexedDataset
+from megapoly.data.indexed import HEADER, IndexedDataset
+from megapoly.data.sidecar import Checksums
 from megapoly.data.verify import verify
 from megapoly.errors import DataError
 from tests.data.ondisk import VOCABULARY, patch, random_documents, write

@@ -21,7 +21,7 @@ from megapoly.data.indexed import IndexedDataset
 from megapoly.data.loader import DEPTH, Loader, open_datasets
 from megapoly.data.plan import plan_from_config
 from megapoly.data.samples import read
-from megapoly.data.tokenizer import train_tokenizer
+from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.errors import DataError
 from tests.data.small import FakeDataset, make_config, write_megatron
 

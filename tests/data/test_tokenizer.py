@@ -13,10 +13,12 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megapoly.data import tokenizer as module
+from megapoly.data import tokenizer_training as module
 from megapoly.data.builder import build
 from megapoly.data.indexed import IndexedDataset
-from megapoly.data.tokenizer import Tokenizer, check_matches, report, sampling_rates, train_tokenizer
+from megapoly.data.tokenizer import Tokenizer, check_matches
+from megapoly.data.tokenizer_report import report
+from megapoly.data.tokenizer_training import sampling_rates, train_tokenizer
 from megapoly.errors import DataError
 
 SENTENCES = {

@@ -12,7 +12,8 @@ from rich.console import Console
 from megapoly import config
 from megapoly.context import ParallelContext
 from megapoly.data import builder
-from megapoly.data.tokenizer import Tokenizer, train_tokenizer
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.errors import CheckpointError, ConfigError, DataError, MegapolyError
 from megapoly.launch import choose_device
 from megapoly.run import Resume, prepare

@@ -1,0 +1,64 @@
+// Writing and reading of the two files of an indexed dataset.
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "common.h"
+#include "gather.h"
+#include "writer.h"
+
+namespace py = pybind11;
+
+namespace megapoly {
+namespace {
+
+void append_documents(Writer& writer, const Ids& ids, const Ids& lengths) {
+    require_vector(ids, "ids");
+    require_vector(lengths, "lengths");
+    const std::int64_t *id = ids.data(), *length = lengths.data();
+    const std::int64_t count = ids.size(), documents = lengths.size();
+    py::gil_scoped_release unlocked;
+    writer.append(id, count, length, documents);
+}
+
+py::tuple finish(Writer& writer) {
+    Written written{};
+    {
+        py::gil_scoped_release unlocked;
+        written = writer.finish();
+    }
+    return py::make_tuple(written.documents, written.tokens, written.bin_crcs, written.idx_crcs);
+}
+
+Ids gather_windows(const std::string& path, int descriptor, int code, std::int64_t count, std::int64_t vocabulary,
+           const Ids& starts, std::int64_t length) {
+    require_vector(starts, "starts");
+    if (length < 0) throw py::value_error("length has to be at least 0");
+    const std::int64_t* start = starts.data();
+    const std::int64_t rows = starts.size();
+    // Checked here too: a length far beyond the file would ask for the memory before it is refused.
+    if (length > count)
+        throw DataError(path + ": a window of " + std::to_string(length) +
+                        " tokens is longer than the file's " + std::to_string(count));
+    Ids out({rows, length});
+    std::int64_t* line = out.mutable_data();
+    py::gil_scoped_release unlocked;
+    gather({path, descriptor, code, count, vocabulary}, start, rows, length, line);
+    return out;
+}
+
+}  // namespace
+
+void bind_files(py::module_& module) {
+    module.attr("BLOCK_BYTES") = kBlock;
+
+    py::class_<Writer>(module, "Writer")
+        .def(py::init<const std::string&, const std::string&, int, std::int64_t>(), py::arg("bin_path"),
+             py::arg("idx_path"), py::arg("code"), py::arg("vocabulary"))
+        .def("append", &append_documents, py::arg("ids"), py::arg("lengths"))
+        .def("finish", &finish);
+
+    module.def("gather", &gather_windows, py::arg("path"), py::arg("descriptor"), py::arg("code"), py::arg("count"),
+               py::arg("vocabulary"), py::arg("starts"), py::arg("length"));
+}
+
+}  // namespace megapoly

@@ -1,0 +1,20 @@
+// The parts of Python's view of the data engine, one file each (bind_*.cpp); module.cpp joins them.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+namespace megapoly {
+
+using Ids = pybind11::array_t<std::int64_t, pybind11::array::c_style>;
+
+inline void require_vector(const pybind11::array& array, const char* name) {
+    if (array.ndim() != 1) throw pybind11::value_error(std::string(name) + " has to have one dimension");
+}
+
+void bind_files(pybind11::module_& module);
+
+}  // namespace megapoly
