@@ -21,5 +21,6 @@ PYBIND11_MODULE(_index, module) {
         }
     });
 
+    megapoly::bind_bpe(module);
     megapoly::bind_files(module);
 }

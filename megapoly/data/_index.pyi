@@ -1,9 +1,19 @@
 """Types of the C++ part of the data engine; the source is csrc/index."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 BLOCK_BYTES: int
+
+class BpeEncoder:
+    def __init__(self, model: bytes) -> None: ...
+    @property
+    def refusal(self) -> str: ...
+    def encode(
+        self, texts: Sequence[str | bytes], threads: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]: ...
 
 class Writer:
     def __init__(self, bin_path: str, idx_path: str, code: int, vocabulary: int) -> None: ...
