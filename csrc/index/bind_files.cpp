@@ -11,10 +11,12 @@ namespace py = pybind11;
 namespace megapoly {
 namespace {
 
-void append_documents(Writer& writer, const Ids& ids, const Ids& lengths) {
+template <typename Id>
+void append_documents(Writer& writer, const py::array_t<Id, py::array::c_style>& ids, const Ids& lengths) {
     require_vector(ids, "ids");
     require_vector(lengths, "lengths");
-    const std::int64_t *id = ids.data(), *length = lengths.data();
+    const Id* id = ids.data();
+    const std::int64_t* length = lengths.data();
     const std::int64_t count = ids.size(), documents = lengths.size();
     py::gil_scoped_release unlocked;
     writer.append(id, count, length, documents);
@@ -54,7 +56,8 @@ void bind_files(py::module_& module) {
     py::class_<Writer>(module, "Writer")
         .def(py::init<const std::string&, const std::string&, int, std::int64_t>(), py::arg("bin_path"),
              py::arg("idx_path"), py::arg("code"), py::arg("vocabulary"))
-        .def("append", &append_documents, py::arg("ids"), py::arg("lengths"))
+        .def("append", &append_documents<std::int32_t>, py::arg("ids").noconvert(), py::arg("lengths"))
+        .def("append", &append_documents<std::int64_t>, py::arg("ids"), py::arg("lengths"))
         .def("finish", &finish);
 
     module.def("gather", &gather_windows, py::arg("path"), py::arg("descriptor"), py::arg("code"), py::arg("count"),

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 
 namespace megapoly {
@@ -31,6 +32,16 @@ const Tables kTables = make_tables();
 
 [[noreturn]] void fail(const std::string& path, const char* what) {
     throw DataError(path + ": cannot be " + what + " (" + std::strerror(errno) + ")");
+}
+
+void write_all(int descriptor, const std::string& path, const unsigned char* data, std::size_t size) {
+    while (size > 0) {
+        const ssize_t count = ::write(descriptor, data, size);
+        if (count < 0 && errno == EINTR) continue;
+        if (count < 0) fail(path, "written");
+        data += count;
+        size -= static_cast<std::size_t>(count);
+    }
 }
 
 }  // namespace
@@ -77,13 +88,7 @@ void OutputFile::write(const void* data, std::size_t size) {
 void OutputFile::flush() {
     if (buffer_.empty()) return;
     block_crcs_.push_back(crc32(buffer_.data(), buffer_.size()));
-    for (std::size_t done = 0; done < buffer_.size();) {
-        const ssize_t count = ::write(descriptor_, buffer_.data() + done, buffer_.size() - done);
-        if (count >= 0)
-            done += static_cast<std::size_t>(count);
-        else if (errno != EINTR)
-            fail(path_, "written");
-    }
+    write_all(descriptor_, path_, buffer_.data(), buffer_.size());
     buffer_.clear();
 }
 
@@ -93,6 +98,51 @@ void OutputFile::finish() {
     const int descriptor = descriptor_;
     descriptor_ = -1;
     if (::close(descriptor) != 0) fail(path_, "closed");
+}
+
+Spool::Spool(const std::string& path) : path_(path) {
+    std::string name = path + ".XXXXXX";
+    descriptor_ = ::mkstemp(name.data());
+    if (descriptor_ < 0 || ::unlink(name.c_str()) != 0) fail(path_, "created");
+    buffer_.reserve(kBlock);
+}
+
+Spool::~Spool() {
+    if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+void Spool::append(const void* data, std::size_t size) {
+    const auto* at = static_cast<const unsigned char*>(data);
+    while (size > 0) {
+        const std::size_t part = std::min(size, kBlock - buffer_.size());
+        buffer_.insert(buffer_.end(), at, at + part);
+        at += part;
+        size -= part;
+        if (buffer_.size() == kBlock) flush();
+    }
+}
+
+void Spool::flush() {
+    write_all(descriptor_, path_, buffer_.data(), buffer_.size());
+    buffer_.clear();
+}
+
+void Spool::read(const std::function<void(const unsigned char*, std::size_t)>& visit) {
+    flush();
+    std::vector<unsigned char> part(kBlock);
+    off_t offset = 0;
+    std::size_t held = 0;
+    for (;;) {
+        const ssize_t count = ::pread(descriptor_, part.data() + held, kBlock - held, offset);
+        if (count < 0 && errno == EINTR) continue;
+        if (count < 0) fail(path_, "read");
+        offset += count;
+        held += static_cast<std::size_t>(count);
+        if (count > 0 && held < kBlock) continue;
+        if (held > 0) visit(part.data(), held);
+        if (count == 0) return;
+        held = 0;
+    }
 }
 
 }  // namespace megapoly

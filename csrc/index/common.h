@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -65,6 +66,26 @@ private:
     int descriptor_;
     std::vector<unsigned char> buffer_;
     std::vector<std::uint32_t> block_crcs_;
+};
+
+// Bytes that wait in a file without a name, in the folder of `path`.
+class Spool {
+public:
+    explicit Spool(const std::string& path);
+    ~Spool();
+    Spool(const Spool&) = delete;
+    Spool& operator=(const Spool&) = delete;
+
+    void append(const void* data, std::size_t size);
+    // Calls visit(bytes, size) with everything in order, in parts of kBlock bytes but for the last.
+    void read(const std::function<void(const unsigned char*, std::size_t)>& visit);
+
+private:
+    void flush();
+
+    std::string path_;
+    int descriptor_ = -1;
+    std::vector<unsigned char> buffer_;
 };
 
 }  // namespace megapoly

@@ -1,5 +1,8 @@
 #include "writer.h"
 
+#include <algorithm>
+#include <array>
+#include <cstring>
 #include <limits>
 
 namespace megapoly {
@@ -11,7 +14,7 @@ constexpr std::uint64_t kVersion = 1;
 }  // namespace
 
 Writer::Writer(const std::string& bin_path, const std::string& idx_path, int code, std::int64_t vocabulary)
-    : bin_(bin_path), idx_(idx_path), code_(code), item_size_(0), vocabulary_(vocabulary) {
+    : bin_(bin_path), idx_(idx_path), code_(code), item_size_(0), vocabulary_(vocabulary), lengths_(idx_path) {
     with_token_type(code, [&](auto token) {
         using Token = decltype(token);
         item_size_ = sizeof(Token);
@@ -22,13 +25,14 @@ Writer::Writer(const std::string& bin_path, const std::string& idx_path, int cod
     });
 }
 
-void Writer::check(const std::int64_t* ids, std::int64_t count, const std::int64_t* lengths,
+template <typename Id>
+void Writer::check(const Id* ids, std::int64_t count, const std::int64_t* lengths,
                    std::int64_t documents) const {
     const std::string where = bin_.path() + ": ";
     std::int64_t left = count;
     for (std::int64_t i = 0; i < documents; ++i) {
         if (lengths[i] < 1 || lengths[i] > std::numeric_limits<std::int32_t>::max())
-            throw DataError(where + "document " + std::to_string(static_cast<std::int64_t>(lengths_.size()) + i) +
+            throw DataError(where + "document " + std::to_string(documents_ + i) +
                             " has " + std::to_string(lengths[i]) + " tokens; expected 1 to 2147483647");
         if (lengths[i] > left)
             throw DataError(where + "the lengths sum to more than the " + std::to_string(count) + " ids");
@@ -36,40 +40,63 @@ void Writer::check(const std::int64_t* ids, std::int64_t count, const std::int64
     }
     if (left != 0) throw DataError(where + "the lengths sum to " + std::to_string(left) + " less than the ids");
     const auto limit = static_cast<std::uint64_t>(vocabulary_);
+    bool outside = false;
     for (std::int64_t i = 0; i < count; ++i)
-        if (static_cast<std::uint64_t>(ids[i]) >= limit)
+        outside |= static_cast<std::uint64_t>(static_cast<std::int64_t>(ids[i])) >= limit;
+    for (std::int64_t i = 0; outside && i < count; ++i)
+        if (static_cast<std::uint64_t>(static_cast<std::int64_t>(ids[i])) >= limit)
             throw DataError(where + "token " + std::to_string(tokens_ + i) + ": id " + std::to_string(ids[i]) +
                             " is outside the vocabulary of " + std::to_string(vocabulary_));
 }
 
-void Writer::append(const std::int64_t* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents) {
+template <typename Id>
+void Writer::append(const Id* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents) {
     check(ids, count, lengths, documents);
     with_token_type(code_, [&](auto token) {
         using Token = decltype(token);
-        for (std::int64_t i = 0; i < count; ++i) bin_.put(static_cast<Token>(ids[i]));
+        std::array<Token, 4096> part;
+        for (std::int64_t done = 0; done < count;) {
+            const auto size = static_cast<std::size_t>(std::min<std::int64_t>(count - done, part.size()));
+            for (std::size_t i = 0; i < size; ++i) part[i] = static_cast<Token>(ids[done + static_cast<std::int64_t>(i)]);
+            bin_.write(part.data(), size * sizeof(Token));
+            done += static_cast<std::int64_t>(size);
+        }
     });
-    lengths_.reserve(lengths_.size() + static_cast<std::size_t>(documents));
-    for (std::int64_t i = 0; i < documents; ++i) lengths_.push_back(static_cast<std::int32_t>(lengths[i]));
+    for (std::int64_t i = 0; i < documents; ++i) {
+        const auto length = static_cast<std::int32_t>(lengths[i]);
+        lengths_.append(&length, sizeof(length));
+    }
+    documents_ += documents;
     tokens_ += count;
 }
 
+template void Writer::append(const std::int32_t*, std::int64_t, const std::int64_t*, std::int64_t);
+template void Writer::append(const std::int64_t*, std::int64_t, const std::int64_t*, std::int64_t);
+
 Written Writer::finish() {
     bin_.finish();
-    const auto documents = static_cast<std::int64_t>(lengths_.size());
     idx_.write(kMagic, sizeof(kMagic));
     idx_.put(kVersion);
     idx_.put(static_cast<std::uint8_t>(code_));
-    idx_.put(static_cast<std::uint64_t>(documents));
-    idx_.put(static_cast<std::uint64_t>(documents + 1));
-    idx_.write(lengths_.data(), lengths_.size() * sizeof(std::int32_t));
+    idx_.put(static_cast<std::uint64_t>(documents_));
+    idx_.put(static_cast<std::uint64_t>(documents_ + 1));
+    lengths_.read([&](const unsigned char* bytes, std::size_t size) { idx_.write(bytes, size); });
     std::int64_t pointer = 0;
-    for (const std::int32_t length : lengths_) {
-        idx_.put(pointer);
-        pointer += length * item_size_;
-    }
-    for (std::int64_t document = 0; document <= documents; ++document) idx_.put(document);
+    std::vector<std::int64_t> pointers;
+    lengths_.read([&](const unsigned char* bytes, std::size_t size) {
+        pointers.resize(size / sizeof(std::int32_t));
+        for (std::int64_t& each : pointers) {
+            std::int32_t length;
+            std::memcpy(&length, bytes, sizeof(length));
+            bytes += sizeof(length);
+            each = pointer;
+            pointer += length * item_size_;
+        }
+        idx_.write(pointers.data(), pointers.size() * sizeof(std::int64_t));
+    });
+    for (std::int64_t document = 0; document <= documents_; ++document) idx_.put(document);
     idx_.finish();
-    return {documents, tokens_, bin_.block_crcs(), idx_.block_crcs()};
+    return {documents_, tokens_, bin_.block_crcs(), idx_.block_crcs()};
 }
 
 }  // namespace megapoly

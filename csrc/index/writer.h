@@ -16,21 +16,23 @@ struct Written {
     std::vector<std::uint32_t> idx_crcs;
 };
 
-// One sequence per document. Memory does not grow but for 4 bytes per document, and 4 bytes per block.
+// One sequence per document. Memory grows by 4 bytes per block only: lengths wait in a file without a name.
 class Writer {
 public:
     // `code` is a dtype code of the format; ids are from 0 to vocabulary - 1, all of which the dtype has to hold.
     Writer(const std::string& bin_path, const std::string& idx_path, int code, std::int64_t vocabulary);
 
     // Appends `documents` documents of lengths[i] >= 1 tokens, which stand one after another in ids[count].
-    // Nothing is written where an id or a length is wrong.
-    void append(const std::int64_t* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents);
+    // Nothing is written where an id or a length is wrong. Id is std::int32_t or std::int64_t.
+    template <typename Id>
+    void append(const Id* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents);
 
     // Writes the index and brings both files to the disk. The writer is of no use afterwards.
     Written finish();
 
 private:
-    void check(const std::int64_t* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents) const;
+    template <typename Id>
+    void check(const Id* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents) const;
 
     OutputFile bin_;
     OutputFile idx_;
@@ -38,7 +40,8 @@ private:
     std::int64_t item_size_;
     std::int64_t vocabulary_;
     std::int64_t tokens_ = 0;
-    std::vector<std::int32_t> lengths_;
+    std::int64_t documents_ = 0;
+    Spool lengths_;  // i32 each
 };
 
 }  // namespace megapoly

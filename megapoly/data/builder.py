@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -149,21 +149,22 @@ def _write(
     files = [JsonLines(path) for path in inputs]
     bin_name, idx_name = (str(partial(finals[suffix])) for suffix in (".bin", ".idx"))
     writer = _index.Writer(bin_name, idx_name, dtype_code(tokenizer.vocabulary), tokenizer.vocabulary)
-    trained, held = _Tally(), _Tally()
+    trained, held_back = _Tally(), _Tally()
     folder = finals[".bin"].parent
-    with tempfile.TemporaryFile(dir=folder) as waiting, tempfile.TemporaryFile(dir=folder) as lengths:
-        spool = _Spool(waiting, lengths)
-        for batch in _batches(files, options):
-            encoded = tokenizer.encode_batch([document.text for document in batch], options.threads)
-            for sink, tally, wanted in ((writer, trained, False), (spool, held, True)):
-                chosen = [(document, ids) for document, ids in zip(batch, encoded) if document.held_out is wanted]
-                tally.documents += len(chosen)
-                tally.bytes += sum(document.bytes for document, _ in chosen)
-                tally.tokens += _append(sink, [ids for _, ids in chosen], tokenizer.eod)
+    with tempfile.TemporaryFile(dir=folder) as waiting, tempfile.TemporaryFile(dir=folder) as counts:
+        spool = _Spool(waiting, counts)
+        for batch, (ids, lengths) in _encoded(files, tokenizer, options):
+            held = np.array([document.held_out for document in batch])
+            sizes = np.array([document.bytes for document in batch])
+            for sink, tally, chosen in ((writer, trained, ~held), (spool, held_back, held)):
+                tally.documents += int(chosen.sum())
+                tally.bytes += int(sizes[chosen].sum())
+                tally.tokens += int(lengths[chosen].sum())
+                sink.append(ids if chosen.all() else ids[np.repeat(chosen, lengths)], lengths[chosen])
             read, size = sum(file.position for file in files), sum(file.size for file in files)
-            progress(Progress(trained.documents + held.documents, trained.bytes + held.bytes, read, size))
+            progress(Progress(trained.documents + held_back.documents, trained.bytes + held_back.bytes, read, size))
         if not trained.documents:
-            raise _no_document(inputs, language, held.documents, options)
+            raise _no_document(inputs, language, held_back.documents, options)
         spool.drain(writer)
     documents, tokens, bin_crcs, idx_crcs = writer.finish()
     return Sidecar(
@@ -171,8 +172,8 @@ def _write(
         tokenizer=TokenizerMark(sha256=tokenizer.sha256, vocabulary=tokenizer.vocabulary),
         documents=documents,
         tokens=tokens,
-        bytes=trained.bytes + held.bytes,
-        validation=Validation(fraction=options.validation_fraction, seed=options.seed, **asdict(held)),
+        bytes=trained.bytes + held_back.bytes,
+        validation=Validation(fraction=options.validation_fraction, seed=options.seed, **asdict(held_back)),
         checksums=Checksums(block=_index.BLOCK_BYTES, bin=Checksums.join(bin_crcs), idx=Checksums.join(idx_crcs)),
         tool=f"megapoly {megapoly.__version__}",
     )
@@ -187,14 +188,31 @@ def _no_document(inputs: Sequence[Path], language: str, held: int, options: Opti
     )
 
 
-def _append(sink: _index.Writer | _Spool, documents: Sequence[list[int]], eod: int) -> int:
-    """Add documents, each ended by ``eod``; the number of tokens."""
-    for ids in documents:
-        ids.append(eod)
-    lengths = np.array([len(ids) for ids in documents], np.int64)
-    tokens = np.fromiter(chain.from_iterable(documents), np.int64, int(lengths.sum()))
-    sink.append(tokens, lengths)
-    return len(tokens)
+def _encoded(
+    files: Sequence[JsonLines], tokenizer: Tokenizer, options: Options
+) -> Iterator[tuple[list[_Document], tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]]:
+    """Batches with their ids and lengths, ends included; the next batch is read while one is encoded."""
+
+    def encode(texts: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        return _with_ends(*tokenizer.encode_flat(texts, options.threads), tokenizer.eod)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting: list[_Document] = []
+        pending = None
+        for batch in _batches(files, options):
+            submitted = pool.submit(encode, [document.text for document in batch])
+            if pending is not None:
+                yield waiting, pending.result()
+            waiting, pending = batch, submitted
+        if pending is not None:
+            yield waiting, pending.result()
+
+
+def _with_ends(
+    ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], eod: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The same documents, each ended by ``eod``."""
+    return np.insert(ids, np.cumsum(lengths), eod), lengths + 1
 
 
 def _batches(files: Sequence[JsonLines], options: Options) -> Iterator[list[_Document]]:
@@ -229,7 +247,7 @@ class _Spool:
     def __init__(self, ids: IO[bytes], lengths: IO[bytes]) -> None:
         self._ids, self._lengths = ids, lengths
 
-    def append(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
+    def append(self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
         self._ids.write(ids.tobytes())
         self._lengths.write(lengths.tobytes())
 
@@ -239,4 +257,4 @@ class _Spool:
         self._lengths.seek(0)
         while entry := self._lengths.read(8):
             length = np.frombuffer(entry, np.int64)
-            writer.append(np.frombuffer(self._ids.read(8 * int(length[0])), np.int64), length)
+            writer.append(np.frombuffer(self._ids.read(4 * int(length[0])), np.int32), length)
