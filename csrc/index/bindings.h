@@ -15,6 +15,7 @@ inline void require_vector(const pybind11::array& array, const char* name) {
     if (array.ndim() != 1) throw pybind11::value_error(std::string(name) + " has to have one dimension");
 }
 
+void bind_batch(pybind11::module_& module);
 void bind_bpe(pybind11::module_& module);
 void bind_files(pybind11::module_& module);
 

@@ -21,6 +21,7 @@ PYBIND11_MODULE(_index, module) {
         }
     });
 
+    megapoly::bind_batch(module);
     megapoly::bind_bpe(module);
     megapoly::bind_files(module);
 }

@@ -29,3 +29,14 @@ def gather(
     starts: npt.NDArray[np.int64],
     length: int,
 ) -> npt.NDArray[np.int64]: ...
+def fill(
+    file: tuple[str, int, int, int, int],
+    index: tuple[str, npt.NDArray[np.int64], npt.NDArray[np.int64], int] | None,
+    starts: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    limit: int,
+    tokens: npt.NDArray[np.int64] | None,
+    labels: npt.NDArray[np.int64] | None,
+    positions: npt.NDArray[np.int64],
+    documents: npt.NDArray[np.int32] | None,
+) -> None: ...

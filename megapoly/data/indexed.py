@@ -30,6 +30,12 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 
 
+#: Of a batch: tokens and labels (or None), positions, and documents (or None).
+Columns = tuple[
+    npt.NDArray[np.int64] | None, npt.NDArray[np.int64] | None, npt.NDArray[np.int64], npt.NDArray[np.int32] | None
+]
+
+
 def dtype_code(vocabulary: int) -> int:
     """Megatron's rule: uint16 (code 8) below 65,500 ids, else int32 (code 4)."""
     return 8 if vocabulary < 65500 else 4
@@ -81,6 +87,27 @@ class IndexedDataset:
         starts = np.asarray(starts, np.int64)
         path = str(self.bin_path)
         return _index.gather(path, self._descriptor, self._code, self.tokens, vocabulary, starts, length)
+
+    def fill(
+        self,
+        rows: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+        limit: int,
+        vocabulary: int,
+        columns: Columns,
+    ) -> None:
+        """Put the windows from tokens ``starts`` [n] into ``rows`` [n] of the columns of a batch, [B, L] each.
+
+        Labels are the tokens after each. Of a window that reaches beyond token ``limit``, the rest of the row is token
+        0 and label -1. Where there is a column of documents, positions begin again in every document, and the label of
+        a document's last token is -1. Without a column of tokens only the .idx is read.
+
+        Raises:
+            DataError: a window leaves the file, an id is not in [0, vocabulary), or a file is damaged or unreadable.
+        """
+        file = (str(self.bin_path), self._descriptor, self._code, self.tokens, vocabulary)
+        index = (str(self.idx_path), self.pointers, self.document_indices, self.dtype.itemsize)
+        _index.fill(file, None if columns[3] is None else index, starts, rows, limit, *columns)
 
     def boundaries(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """[k], ascending: the first tokens d of documents with start < d < stop. Reads nothing but the .idx.

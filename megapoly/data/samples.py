@@ -83,18 +83,12 @@ def read(
     """
     samples = np.array(samples, dtype=np.int64)
     located = plan.locate(samples)
-    length = plan.sequence
-    starts = located.window * length
-    windows = np.empty((samples.size, length + 1), np.int64) if with_tokens else None
-    flags = np.zeros((samples.size, length + 1), bool) if separate_documents else None
+    rows = _Rows(samples.size, plan.sequence, with_tokens, separate_documents)
     for source in np.unique(located.source):
-        rows = np.flatnonzero(located.source == source)
+        chosen = np.flatnonzero(located.source == source)
         dataset = datasets[plan.sources[source].name]
-        if windows is not None:
-            windows[rows] = dataset.gather(starts[rows], length + 1, vocabulary)
-        if flags is not None:
-            _mark(flags, rows, dataset, starts[rows])
-    return _batch(samples, located.source, windows, flags, length)
+        rows.fill(dataset, chosen, located.window[chosen] * plan.sequence, dataset.train_tokens, vocabulary)
+    return rows.batch(samples, located.source)
 
 
 def validation(
@@ -129,60 +123,37 @@ def validation(
     numbers = np.arange(rank * rows, (rank + 1) * rows, dtype=np.int64)
     numbers[numbers >= count] = -1
     starts = first + length * numbers[numbers >= 0]
-    full = int(np.sum(starts + length + 1 <= end))
-    tokens = None
-    if with_tokens:
-        tokens = np.full((rows, length + 1), NOT_COUNTED, np.int64)
-        if full:
-            tokens[:full] = dataset.gather(starts[:full], length + 1, vocabulary)
-        if full < starts.size:
-            rest = end - int(starts[full])
-            tokens[full : starts.size, :rest] = dataset.gather(starts[full:], rest, vocabulary)
-    flags = None
-    if separate_documents:
-        flags = np.zeros((rows, length + 1), bool)
-        _mark(flags, np.arange(starts.size), dataset, starts)
-    return _batch(numbers, np.full(rows, source, np.int32), tokens, flags, length)
+    filled = _Rows(rows, length, with_tokens, separate_documents)
+    filled.fill(dataset, np.arange(starts.size), starts, end, vocabulary)
+    return filled.batch(numbers, np.full(rows, source, np.int32))
 
 
-def _mark(
-    flags: npt.NDArray[np.bool_],
-    rows: npt.NDArray[np.intp],
-    dataset: IndexedDataset,
-    starts: npt.NDArray[np.int64],
-) -> None:
-    """Set ``flags[row, i]`` where token ``start + i`` of the row's window begins a document."""
-    for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-        boundaries = dataset.boundaries(start, start + flags.shape[1])
-        flags[row, boundaries - start] = True
+class _Rows:
+    """The columns of a batch of B rows, at first all padding."""
 
+    def __init__(self, rows: int, length: int, with_tokens: bool, separate_documents: bool) -> None:
+        self.tokens = np.zeros((rows, length), np.int64) if with_tokens else None
+        self.labels = np.full((rows, length), NOT_COUNTED, np.int64) if with_tokens else None
+        self.positions = np.empty((rows, length), np.int64)
+        self.documents = np.zeros((rows, length), np.int32) if separate_documents else None
+        self._padding = np.ones(rows, bool)
 
-def _batch(
-    samples: npt.NDArray[np.int64],
-    source: npt.NDArray[np.int32],
-    windows: npt.NDArray[np.int64] | None,
-    flags: npt.NDArray[np.bool_] | None,
-    length: int,
-) -> Batch:
-    """Tensors from windows [B, L + 1] of tokens (``NOT_COUNTED`` in padding) and of document starts."""
-    steps = np.arange(length, dtype=np.int64)
-    positions, documents = np.tile(steps, (samples.size, 1)), None
-    if flags is not None:
-        inside = flags[:, :length]
-        positions -= np.maximum.accumulate(np.where(inside, steps, 0), axis=1)
-        documents = torch.from_numpy(np.cumsum(inside, axis=1, dtype=np.int32))
-    tokens = labels = None
-    if windows is not None:
-        tokens = torch.from_numpy(np.maximum(windows[:, :length], 0))
-        labels_there = windows[:, 1:].copy()
-        if flags is not None:
-            labels_there[flags[:, 1:]] = NOT_COUNTED
-        labels = torch.from_numpy(labels_there)
-    return Batch(
-        samples=torch.from_numpy(samples),
-        source=torch.from_numpy(source),
-        tokens=tokens,
-        labels=labels,
-        positions=torch.from_numpy(positions),
-        documents=documents,
-    )
+    def fill(
+        self,
+        dataset: IndexedDataset,
+        rows: npt.NDArray[np.intp],
+        starts: npt.NDArray[np.int64],
+        limit: int,
+        vocabulary: int,
+    ) -> None:
+        """Put the windows from tokens ``starts`` [n] into ``rows`` [n]; nothing from token ``limit`` on."""
+        self._padding[rows] = False
+        columns = (self.tokens, self.labels, self.positions, self.documents)
+        dataset.fill(rows.astype(np.int64), starts, limit, vocabulary, columns)
+
+    def batch(self, samples: npt.NDArray[np.int64], source: npt.NDArray[np.int32]) -> Batch:
+        self.positions[self._padding] = np.arange(self.positions.shape[1])
+        columns = (self.tokens, self.labels, self.positions, self.documents)
+        tokens, labels, positions, documents = (None if c is None else torch.from_numpy(c) for c in columns)
+        assert positions is not None
+        return Batch(torch.from_numpy(samples), torch.from_numpy(source), tokens, labels, positions, documents)

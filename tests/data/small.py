@@ -25,6 +25,26 @@ class FakeDataset:
         assert 0 <= starts.min() <= starts.max() <= self.tokens - length
         return np.stack([self.stream[start : start + length] for start in starts])
 
+    def fill(self, rows, starts, limit, vocabulary, columns):
+        """One token after another: the oracle of the C++."""
+        tokens, labels, positions, documents = columns
+        length = positions.shape[1]
+        for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
+            assert 0 <= start < limit <= self.tokens
+            begins = set(self.boundaries(start, start + length + 1).tolist()) if documents is not None else set()
+            position = document = 0
+            for i in range(length):
+                at = start + i
+                if at in begins:
+                    position, document = 0, document + 1
+                positions[row, i] = position
+                position += 1
+                if documents is not None:
+                    documents[row, i] = document
+                if tokens is not None:
+                    tokens[row, i] = self.stream[at] if at < limit else 0
+                    labels[row, i] = self.stream[at + 1] if at + 1 < limit and at + 1 not in begins else -1
+
     def boundaries(self, start, stop):
         offsets = np.unique(np.cumsum([0, *map(len, self.texts)])[:-1])
         return offsets[(offsets > start) & (offsets < stop)]

@@ -107,10 +107,10 @@ def test_it_reads_ahead_and_not_without_bound():
         reads = threading.Semaphore(0)
         count = 0
 
-        def gather(self, starts, length, vocabulary):
+        def fill(self, rows, starts, limit, vocabulary, columns):
             type(self).count += 1
             self.reads.release()
-            return super().gather(starts, length, vocabulary)
+            return super().fill(rows, starts, limit, vocabulary, columns)
 
     datasets = make_datasets(Telling)
     config = make_config(global_batch=1)
@@ -127,7 +127,7 @@ def test_it_reads_ahead_and_not_without_bound():
 @pytest.mark.parametrize("error", [DataError("fr.bin: damaged at token 7"), MemoryError("no more")])
 def test_an_error_in_the_thread_is_raised_here(error):
     class Breaking(FakeDataset):
-        def gather(self, starts, length, vocabulary):
+        def fill(self, rows, starts, limit, vocabulary, columns):
             raise error
 
     config = make_config()
@@ -145,9 +145,9 @@ def test_a_read_that_hangs_is_an_error_with_its_samples():
     answer = threading.Event()
 
     class Hanging(FakeDataset):
-        def gather(self, starts, length, vocabulary):
+        def fill(self, rows, starts, limit, vocabulary, columns):
             answer.wait()
-            return super().gather(starts, length, vocabulary)
+            return super().fill(rows, starts, limit, vocabulary, columns)
 
     config, datasets = make_config(), make_datasets(Hanging)
     with Loader(config, plan_from_config(config, datasets), datasets, start=8, rank=0, timeout=0.05) as loader:

@@ -110,14 +110,14 @@ def test_types_and_shapes():
         assert tensor.shape == ((5,) if field.name in ("samples", "source") else (5, 3))
 
 
-def test_one_gather_per_source():
+def test_one_call_per_source():
     class Counting(FakeDataset):
         calls = 0
 
-        def gather(self, starts, length, vocabulary):
+        def fill(self, rows, starts, limit, vocabulary, columns):
             self.calls += 1
             assert vocabulary == VOCABULARY
-            return super().gather(starts, length, vocabulary)
+            return super().fill(rows, starts, limit, vocabulary, columns)
 
     datasets = {name: Counting([[1] * 50]) for name in "abc"}
     read(
@@ -134,8 +134,9 @@ def test_one_gather_per_source():
 class WithoutTokens(FakeDataset):
     """What a rank has that sees no .bin."""
 
-    def gather(self, starts, length, vocabulary):
-        raise AssertionError("tokens were read")
+    def fill(self, rows, starts, limit, vocabulary, columns):
+        assert columns[:2] == (None, None)
+        super().fill(rows, starts, limit, vocabulary, columns)
 
 
 def test_a_stage_without_tokens_reads_none():
