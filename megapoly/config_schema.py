@@ -113,6 +113,8 @@ class Data(_Section):
     sources: dict[str, Source] = Field(min_length=1)
     stages: list[Stage] = Field(min_length=1)
     separate_documents: bool = Field(False, description="no attention across documents; positions restart")
+    slow_seconds: PositiveFloat = Field(10.0, description="a step that waits longer for its data says for which file")
+    timeout_seconds: PositiveFloat = Field(300.0, description="a step that waits longer for its data ends the run")
 
 
 class Ramp(_Section):

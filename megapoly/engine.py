@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megapoly import comm
 from megapoly.config import Config
 from megapoly.context import ParallelContext
-from megapoly.data.samples import Batch
+from megapoly.data.samples import Batch, document_numbers
 from megapoly.errors import TrainingError, everywhere
 from megapoly.layers.call import Call, Deferred, Place
 from megapoly.models.cost import placement, stage_layers
@@ -97,18 +97,19 @@ class Engine:
         return any(stage.first or stage.last for stage in self.stages.values())
 
     def call(self, batch: Batch) -> Call:
-        """A micro-batch as the stages take it in training, on the device, sequence first."""
+        """A micro-batch as the stages take it in training, on the device, sequence first, int64."""
         device, model = self.context.device, self.config.model
 
         def by_sequence(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True).t()
+            return None if x is None else x.to(device, non_blocking=True).long().t()
 
         positions = by_sequence(batch.positions)
         assert positions is not None
+        ends = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True)
         drops = model.dropout > 0 or model.attention_dropout > 0
         return Call(
             positions,
-            documents_BS=None if batch.documents is None else batch.documents.to(device, non_blocking=True),
+            documents_BS=None if ends is None else document_numbers(ends, *batch.positions.shape),
             tokens_SB=by_sequence(batch.tokens) if any(stage.first for stage in self.stages.values()) else None,
             labels_SB=by_sequence(batch.labels) if any(stage.last for stage in self.stages.values()) else None,
             samples_B=batch.samples.to(device) if drops else None,

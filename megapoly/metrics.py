@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.columns import Columns
 from rich.console import Console, RenderableType
+from rich.text import Text
 from tensorboard.summary import Writer
 
 from megapoly.config import Config
@@ -30,7 +31,7 @@ PEAK_TFLOPS = {
 
 
 class Recorder:
-    """Writes on rank 0 only; on other ranks every method returns at once.
+    """Writes on rank 0 only; on other ranks every method but ``warn`` returns at once.
 
     Args:
         sources: names in the order of the plan; each has a language in ``config.data.sources``.
@@ -64,6 +65,15 @@ class Recorder:
             self.console.print()
             self._live = False
         self.console.print(what)
+
+    def warn(self, text: str) -> None:
+        """A line of any rank: in the log and on the terminal from rank 0, to its own stderr from another."""
+        if self.active:
+            self._event("warning", text=text)
+            self.note(Text(text, style="yellow"))
+        else:
+            sys.stderr.write(f"megapoly: rank {self.context.rank}: {text}\n")  # in one piece: other ranks write too
+            sys.stderr.flush()
 
     def start(self, step: int, sample: int, tokens: int, resumed_from: str | None) -> None:
         """A start of the run at ``step``; later steps are left."""

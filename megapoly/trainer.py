@@ -94,6 +94,8 @@ def _loop(run: Run, recorder: Recorder, profiler: Profiler, last_step: int, stop
             start=run.counters.sample,
             rank=run.context.dp.rank,
             with_tokens=run.engine.needs_tokens,
+            say=recorder.warn,
+            pin=run.context.device.type == "cuda",
         ) as loader:
             spike = _steps(run, recorder, profiler, loader, last_step, stopping)
         if spike is None:

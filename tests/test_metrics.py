@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megapoly.config import load
 from megapoly.context import ParallelContext
+from megapoly.metrics import Recorder
 from megapoly.run import prepare
 from megapoly.trainer import train
 from tests.corpus import lines
@@ -76,6 +77,20 @@ def test_norms_and_zero_gradients(toml: Path, tmp_path: Path) -> None:
     zeros = sum(int((bucket.gradients[bucket.mine] == 0).sum()) for bucket in run.engine.buffers.buckets)
     assert event["zero_gradients"] <= zeros  # which counts the padding of the buckets too
     assert f"weights {event['parameter_norm']:.2f}  zeros {event['zero_gradients']}  batch 8" in console.export_text()
+
+
+def test_a_warning_is_in_the_log_and_on_the_terminal(toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = load(toml, [f"train.directory={str(tmp_path / 'run')!r}"]).on(1)
+    context = ParallelContext.create()
+    (tmp_path / "run").mkdir()
+    console = Console(record=True, width=200, force_terminal=False, file=io.StringIO())
+    recorder = Recorder(config, context, list(config.data.sources), console, 1)
+    recorder.warn("slow data: [10 s]")
+    recorder.active = False
+    recorder.warn("slow data: 20 s")
+    assert console.export_text() == "slow data: [10 s]\n"
+    assert lines(tmp_path / "run", "warning") == [{"kind": "warning", "text": "slow data: [10 s]"}]
+    assert capsys.readouterr().err == "megapoly: rank 0: slow data: 20 s\n"
 
 
 def test_steps_that_a_resumed_run_leaves_do_not_mix_with_the_new(toml: Path, tmp_path: Path) -> None:

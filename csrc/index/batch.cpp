@@ -1,94 +1,123 @@
 #include "batch.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
-#include <vector>
+#include <cerrno>
+#include <cstring>
+#include <numeric>
+#include <type_traits>
+#include <utility>
 
 #include "common.h"
 
 namespace megapoly {
 namespace {
 
-constexpr std::int64_t kNotCounted = -1;
+constexpr int kNotCounted = -1;
 
-[[noreturn]] void damaged(const Boundaries& at, std::int64_t document) {
-    throw DataError(at.path + ": is damaged at the index of document " + std::to_string(document) +
-                    "; `megapoly data verify` finds where");
+std::int64_t item_size(int code) {
+    return with_token_type(code, [](auto token) { return static_cast<std::int64_t>(sizeof(token)); });
 }
 
-// First token of a document; of the one after the last, the number of tokens.
-std::int64_t first_token(const Boundaries& at, std::int64_t document, std::int64_t tokens) {
-    const std::int64_t sequence = at.indices[document];
-    if (sequence == at.sequences) return tokens;
-    if (sequence < 0 || sequence > at.sequences) damaged(at, document);
-    return at.pointers[sequence] / at.item;
-}
-
-// Calls visit(token) with the first tokens of the documents that begin after `start` and before `stop`, ascending.
-template <typename Visit>
-void each_boundary(const Boundaries& at, std::int64_t tokens, std::int64_t start, std::int64_t stop, Visit&& visit) {
-    std::int64_t low = 0, high = at.documents;
-    while (low < high) {
-        const std::int64_t middle = low + (high - low) / 2;
-        if (first_token(at, middle, tokens) <= start)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    std::int64_t before = start;
-    for (; low < at.documents; ++low) {
-        const std::int64_t token = first_token(at, low, tokens);
-        if (token >= stop) return;
-        if (token < before || token <= start) damaged(at, low);
-        if (token > before) visit(token);  // once where documents are empty
-        before = token;
-    }
-}
-
-void fill_places(const Tokens& tokens, const Boundaries& boundaries, std::int64_t start, std::int64_t length,
-                 std::int64_t* labels, std::int64_t* positions, std::int32_t* documents) {
-    std::int64_t done = 0;
-    std::int32_t number = 0;
-    const auto advance = [&](std::int64_t to) {
-        for (std::int64_t i = done; i < to; ++i) positions[i] = i - done;
-        std::fill(documents + done, documents + to, number);
-        done = to;
+// Tokens and labels of one row, as far as there are any before `limit`.
+template <typename Token, typename Id>
+void fill_tokens(const Tokens& from, std::int64_t start, std::int64_t length, std::int64_t limit,
+                 std::vector<Token>& window, Id* tokens, Id* labels) {
+    const std::int64_t there = std::min(length + 1, limit - start), held = std::min(there, length);
+    const Token* ids = window.data();
+    read_exactly(from.path, from.descriptor, window.data(), static_cast<std::size_t>(there) * sizeof(Token),
+                 start * static_cast<std::int64_t>(sizeof(Token)));
+    const auto outside = [&](Token id) {
+        return static_cast<std::uint64_t>(static_cast<std::int64_t>(id)) >= static_cast<std::uint64_t>(from.vocabulary);
     };
-    each_boundary(boundaries, tokens.count, start, start + length + 1, [&](std::int64_t token) {
-        const std::int64_t at = token - start;
-        if (labels != nullptr) labels[at - 1] = kNotCounted;
-        if (at == length) return;
-        advance(at);
-        ++number;
-    });
-    advance(length);
+    // Compared in the narrow type, which the compiler does many at a time; a wider vocabulary holds all ids but negative.
+    using Narrow = std::make_unsigned_t<Token>;
+    const auto most = static_cast<std::uint64_t>(std::is_signed_v<Token> ? static_cast<Narrow>(~Narrow{0}) >> 1
+                                                                         : static_cast<Narrow>(~Narrow{0}));
+    const auto largest = static_cast<Narrow>(std::min(most, static_cast<std::uint64_t>(from.vocabulary) - 1));
+    Narrow seen = 0;
+    for (std::int64_t i = 0; i < there; ++i) seen = std::max(seen, static_cast<Narrow>(ids[i]));
+    if (seen > largest)
+        for (std::int64_t i = 0; i < there; ++i)
+            if (outside(ids[i])) refuse_id(from, start + i, static_cast<std::int64_t>(ids[i]));
+    for (std::int64_t i = 0; i < held; ++i) tokens[i] = static_cast<Id>(ids[i]);
+    for (std::int64_t i = 0; i + 1 < there; ++i) labels[i] = static_cast<Id>(ids[i + 1]);
+    std::fill(tokens + held, tokens + length, Id{0});
+    std::fill(labels + there - 1, labels + length, Id{kNotCounted});
 }
 
 }  // namespace
 
-void fill(const Tokens& tokens, const Boundaries* boundaries, const std::int64_t* starts, const std::int64_t* rows,
-          std::int64_t count, std::int64_t length, std::int64_t limit, const Columns& out) {
-    std::vector<std::int64_t> window(static_cast<std::size_t>(length + 1));
-    for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t start = starts[i], at = rows[i] * length;
-        if (start < 0 || start >= limit || limit > tokens.count)
-            throw DataError(tokens.path + ": the window from token " + std::to_string(start) + " leaves the file's " +
-                            std::to_string(std::min(limit, tokens.count)));
-        std::int64_t* labels = out.tokens != nullptr ? out.labels + at : nullptr;
-        if (out.tokens != nullptr) {
-            const std::int64_t there = std::min(length + 1, limit - start);
-            gather(tokens, &start, 1, there, window.data());
-            const std::int64_t held = std::min(there, length);
-            std::copy_n(window.data(), held, out.tokens + at);
-            std::fill(out.tokens + at + held, out.tokens + at + length, 0);
-            std::copy_n(window.data() + 1, there - 1, labels);
-            std::fill(labels + there - 1, labels + length, kNotCounted);
+Descriptor::Descriptor(const std::string& path, int opened) : number_(::fcntl(opened, F_DUPFD_CLOEXEC, 0)) {
+    if (number_ < 0) throw DataError(path + ": cannot be opened (" + std::strerror(errno) + ")");
+}
+
+Descriptor::~Descriptor() { ::close(number_); }
+
+Dataset::Dataset(std::string bin_path, int bin, int code, std::int64_t tokens, std::string idx_path, int idx,
+                 std::int64_t sequences, std::int64_t documents)
+    : bin_path_(std::move(bin_path)),
+      bin_(bin_path_, bin),
+      idx_(idx_path, idx),
+      code_(code),
+      count_(tokens),
+      boundaries_({std::move(idx_path), idx_.number(), sequences, documents, tokens, item_size(code)}) {}
+
+template <typename Id>
+void fill(const Windows& windows, const Columns<Id>& out, std::vector<std::int32_t>* cu_seqlens, Progress& progress) {
+    const std::int64_t length = windows.length;
+    std::vector<std::int64_t> begins;
+    std::vector<Id> places(static_cast<std::size_t>(length));  // copied: quicker than to count in every document
+    std::iota(places.begin(), places.end(), Id{0});
+    if (cu_seqlens != nullptr) cu_seqlens->push_back(0);
+    for (std::int64_t row = 0; row < windows.rows; ++row) {
+        const std::int64_t start = windows.starts[row], limit = windows.limits[row], base = row * length;
+        const std::int32_t source = windows.source[row];
+        Id* positions = out.positions + base;
+        Id* labels = out.labels == nullptr ? nullptr : out.labels + base;
+        begins.clear();
+        if (source < 0) {
+            if (labels != nullptr) {
+                std::fill_n(out.tokens + base, length, Id{0});
+                std::fill_n(labels, length, Id{kNotCounted});
+            }
+        } else {
+            progress.source.store(source, std::memory_order_relaxed);
+            const Dataset& dataset = *windows.sources[static_cast<std::size_t>(source)];
+            if (start < 0 || start >= limit || limit > dataset.count())
+                throw DataError(dataset.path() + ": the window from token " + std::to_string(start) +
+                                " leaves the file's " + std::to_string(std::min(limit, dataset.count())));
+            if (labels != nullptr) {
+                const Tokens from = dataset.tokens(windows.vocabulary);
+                with_token_type(from.code, [&](auto token) {
+                    thread_local std::vector<decltype(token)> window;
+                    if (static_cast<std::int64_t>(window.size()) <= length)
+                        window.resize(static_cast<std::size_t>(length + 1));
+                    fill_tokens(from, start, length, limit, window, out.tokens + base, labels);
+                    progress.bytes.fetch_add((length + 1) * static_cast<std::int64_t>(sizeof(token)),
+                                             std::memory_order_relaxed);
+                });
+            }
+            if (cu_seqlens != nullptr)
+                dataset.boundaries().between(start, std::min(start + length, limit - 1), begins);
         }
-        std::int64_t* positions = out.positions + at;
-        if (boundaries != nullptr)
-            fill_places(tokens, *boundaries, start, length, labels, positions, out.documents + at);
-        else
-            for (std::int64_t k = 0; k < length; ++k) positions[k] = k;
+        std::int64_t done = 0;
+        for (const std::int64_t token : begins) {
+            const std::int64_t at = token - start;
+            if (labels != nullptr) labels[at - 1] = Id{kNotCounted};
+            if (at == length) break;
+            std::copy_n(places.data(), at - done, positions + done);
+            cu_seqlens->push_back(static_cast<std::int32_t>(base + at));
+            done = at;
+        }
+        std::copy_n(places.data(), length - done, positions + done);
+        if (cu_seqlens != nullptr) cu_seqlens->push_back(static_cast<std::int32_t>(base + length));
     }
 }
+
+template void fill(const Windows&, const Columns<std::int32_t>&, std::vector<std::int32_t>*, Progress&);
+template void fill(const Windows&, const Columns<std::int64_t>&, std::vector<std::int32_t>*, Progress&);
 
 }  // namespace megapoly

@@ -1,52 +1,80 @@
-// Rows of a batch from the windows of one dataset: tokens, labels, positions and documents.
+// Rows of a batch from windows of several datasets: tokens, labels, positions and the lengths of documents.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <string>
+#include <vector>
 
+#include "boundaries.h"
 #include "gather.h"
 
 namespace megapoly {
 
-// Little-endian 64-bit integers of a mapped file, which may lie at any address.
-class Numbers {
+// A descriptor of one's own for a file that is open for reading.
+class Descriptor {
 public:
-    explicit Numbers(const void* bytes) : bytes_(static_cast<const unsigned char*>(bytes)) {}
-    std::int64_t operator[](std::int64_t i) const noexcept {
-        std::int64_t value;
-        std::memcpy(&value, bytes_ + 8 * i, sizeof(value));
-        return value;
-    }
+    Descriptor(const std::string& path, int opened);
+    ~Descriptor();
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+    int number() const noexcept { return number_; }
 
 private:
-    const unsigned char* bytes_;
+    int number_;
 };
 
-// Where the documents of a dataset begin: document i at pointers[indices[i]] bytes. Both are checked as they are read.
-struct Boundaries {
-    std::string path;  // of the .idx
-    Numbers pointers;
-    std::int64_t sequences;
-    Numbers indices;
-    std::int64_t documents;
-    std::int64_t item;  // bytes of a token
+// One dataset, as batches are read from it. It does not depend on who opened its files.
+class Dataset {
+public:
+    // `bin` and `idx` are descriptors; code, sequences and documents are those of the header of the .idx.
+    Dataset(std::string bin_path, int bin, int code, std::int64_t tokens, std::string idx_path, int idx,
+            std::int64_t sequences, std::int64_t documents);
+
+    Tokens tokens(std::int64_t vocabulary) const { return {bin_path_, bin_.number(), code_, count_, vocabulary}; }
+    std::int64_t count() const noexcept { return count_; }
+    const std::string& path() const noexcept { return bin_path_; }
+    const Boundaries& boundaries() const noexcept { return boundaries_; }
+
+private:
+    std::string bin_path_;
+    Descriptor bin_, idx_;
+    int code_;
+    std::int64_t count_;
+    Boundaries boundaries_;
 };
 
-// What to fill, each [rows of the batch, length]; a null pointer is left out.
+// What to read: row i is the window of the batch's length from token starts[i] of sources[source[i]]; of a window that
+// reaches beyond limits[i], only what is before it. A source of -1 is a row of padding.
+struct Windows {
+    const std::vector<const Dataset*>& sources;
+    const std::int32_t* source;
+    const std::int64_t* starts;
+    const std::int64_t* limits;
+    std::int64_t rows;
+    std::int64_t length;
+    std::int64_t vocabulary;
+};
+
+// What to fill, each [rows, length]; null tokens and labels are left out. Id is std::int32_t or std::int64_t.
+template <typename Id>
 struct Columns {
-    std::int64_t* tokens;
-    std::int64_t* labels;
-    std::int64_t* positions;
-    std::int32_t* documents;
+    Id* tokens;
+    Id* labels;
+    Id* positions;
 };
 
-// Fills row rows[i] with the window of `length` tokens from token starts[i], whose labels are the tokens after each; of
-// a window that reaches beyond `limit`, only what is before it. The rest of such a row holds token 0 and label -1. Where
-// boundaries are given, positions begin again in every document, documents are numbered from 0 in every row, and no
-// label crosses from one into the next. Throws DataError for a start that is not in the file or an id outside the
-// vocabulary.
-void fill(const Tokens& tokens, const Boundaries* boundaries, const std::int64_t* starts, const std::int64_t* rows,
-          std::int64_t count, std::int64_t length, std::int64_t limit, const Columns& out);
+// How far a batch is, for another thread to look at while the disk is waited for.
+struct Progress {
+    std::atomic<std::int64_t> source{-1};  // that is being read
+    std::atomic<std::int64_t> bytes{0};    // read so far, over all batches
+};
+
+// Labels are the tokens after each; what there is none of is token 0 and label -1. With `cu_seqlens`, positions begin
+// again in every document, no label crosses from one into the next, and the vector becomes 0 and then the end of every
+// document's part of a row, counted over all rows; else positions count from the beginning of the window. Throws
+// DataError for a window or a document that is not in its file, or an id outside the vocabulary.
+template <typename Id>
+void fill(const Windows& windows, const Columns<Id>& out, std::vector<std::int32_t>* cu_seqlens, Progress& progress);
 
 }  // namespace megapoly

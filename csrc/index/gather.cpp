@@ -9,18 +9,16 @@
 #include "common.h"
 
 namespace megapoly {
-namespace {
-
-void read_exactly(const Tokens& tokens, void* into, std::size_t size, std::int64_t offset) {
+void read_exactly(const std::string& path, int descriptor, void* into, std::size_t size, std::int64_t offset) {
     auto* at = static_cast<unsigned char*>(into);
     while (size > 0) {
-        const ssize_t count = ::pread(tokens.descriptor, at, size, static_cast<off_t>(offset));
+        const ssize_t count = ::pread(descriptor, at, size, static_cast<off_t>(offset));
         if (count < 0 && errno == EINTR) continue;
         if (count < 0)
-            throw DataError(tokens.path + ": cannot be read at byte " + std::to_string(offset) + " (" +
-                            std::strerror(errno) + ")");
+            throw DataError(path + ": cannot be read at byte " + std::to_string(offset) + " (" + std::strerror(errno) +
+                            ")");
         if (count == 0)
-            throw DataError(tokens.path + ": ends at byte " + std::to_string(offset) +
+            throw DataError(path + ": ends at byte " + std::to_string(offset) +
                             ", earlier than when it was opened; build it again");
         at += count;
         size -= static_cast<std::size_t>(count);
@@ -28,7 +26,11 @@ void read_exactly(const Tokens& tokens, void* into, std::size_t size, std::int64
     }
 }
 
-}  // namespace
+void refuse_id(const Tokens& tokens, std::int64_t token, std::int64_t id) {
+    throw DataError(tokens.path + ": token " + std::to_string(token) + " has id " + std::to_string(id) +
+                    ", outside the vocabulary of " + std::to_string(tokens.vocabulary) +
+                    "; the file is damaged or of another tokenizer (`megapoly data verify` tells)");
+}
 
 void gather(const Tokens& tokens, const std::int64_t* starts, std::int64_t rows, std::int64_t length,
             std::int64_t* out) {
@@ -42,7 +44,7 @@ void gather(const Tokens& tokens, const std::int64_t* starts, std::int64_t rows,
         std::vector<Token> window(static_cast<std::size_t>(length));
         const auto limit = static_cast<std::uint64_t>(tokens.vocabulary);
         for (std::int64_t row = 0; row < rows; ++row) {
-            read_exactly(tokens, window.data(), window.size() * sizeof(Token),
+            read_exactly(tokens.path, tokens.descriptor, window.data(), window.size() * sizeof(Token),
                          starts[row] * static_cast<std::int64_t>(sizeof(Token)));
             std::int64_t* line = out + row * length;
             bool outside = false;
@@ -53,10 +55,7 @@ void gather(const Tokens& tokens, const std::int64_t* starts, std::int64_t rows,
             if (!outside) continue;
             std::int64_t i = 0;
             while (static_cast<std::uint64_t>(line[i]) < limit) ++i;
-            throw DataError(tokens.path + ": token " + std::to_string(starts[row] + i) + " has id " +
-                            std::to_string(line[i]) + ", outside the vocabulary of " +
-                            std::to_string(tokens.vocabulary) +
-                            "; the file is damaged or of another tokenizer (`megapoly data verify` tells)");
+            refuse_id(tokens, starts[row] + i, line[i]);
         }
     });
 }

@@ -29,14 +29,30 @@ def gather(
     starts: npt.NDArray[np.int64],
     length: int,
 ) -> npt.NDArray[np.int64]: ...
+
+class Dataset:
+    def __init__(
+        self, bin_path: str, bin: int, code: int, tokens: int, idx_path: str, idx: int, sequences: int, documents: int
+    ) -> None: ...
+    def boundaries(self, start: int, last: int) -> npt.NDArray[np.int64]: ...
+
+class Progress:
+    @property
+    def source(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
+Whole = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
 def fill(
-    file: tuple[str, int, int, int, int],
-    index: tuple[str, npt.NDArray[np.int64], npt.NDArray[np.int64], int] | None,
+    sources: Sequence[Dataset],
+    source: npt.NDArray[np.int32],
     starts: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
-    limit: int,
-    tokens: npt.NDArray[np.int64] | None,
-    labels: npt.NDArray[np.int64] | None,
-    positions: npt.NDArray[np.int64],
-    documents: npt.NDArray[np.int32] | None,
-) -> None: ...
+    limits: npt.NDArray[np.int64],
+    vocabulary: int,
+    separate: bool,
+    tokens: Whole | None,
+    labels: Whole | None,
+    positions: Whole,
+    progress: Progress,
+) -> npt.NDArray[np.int32] | None: ...

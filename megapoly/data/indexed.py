@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 import weakref
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,6 @@ from megapoly.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-
-
-#: Of a batch: tokens and labels (or None), positions, and documents (or None).
-Columns = tuple[
-    npt.NDArray[np.int64] | None, npt.NDArray[np.int64] | None, npt.NDArray[np.int64], npt.NDArray[np.int32] | None
-]
 
 
 def dtype_code(vocabulary: int) -> int:
@@ -55,6 +49,8 @@ class IndexedDataset:
         documents, tokens: counts of all.
         train_documents, train_tokens: counts of the first ones, which are not held out.
         sidecar: what PREFIX.json says; None for a foreign dataset, of which nothing is held out.
+        pack: where the .bin is a row of packs, their length in tokens; 0 for a stream.
+        reader: what :mod:`megapoly.data.samples` reads batches from; it holds its files open by itself.
         identity: hex hash of the content: from the checksums in the sidecar, else from header, counts and sizes.
     """
 
@@ -69,13 +65,23 @@ class IndexedDataset:
         self.sidecar = Sidecar.read(part(self.prefix, ".json"))
         self._descriptor = self._open(self.bin_path)
         weakref.finalize(self, os.close, self._descriptor)
-        self._mapping = self._map_index()
-        self._read_header()
-        self._check_ends()
-        self.documents = len(self.document_indices) - 1
+        index = self._open(self.idx_path)
+        try:
+            self._mapping = self._map_index(index)
+            self._read_header()
+            self._check_ends()
+            self.documents = len(self.document_indices) - 1
+            self.reader = _index.Dataset(
+                str(self.bin_path), self._descriptor, self._code, self.tokens,
+                str(self.idx_path), index, len(self.pointers), self.documents,
+            )  # fmt: skip
+        finally:
+            os.close(index)
+        self.pack = 0 if self.sidecar is None else self.sidecar.pack
         self.train_documents, self.train_tokens = self.documents, self.tokens
         if self.sidecar is not None:
             self._check_sidecar(self.sidecar)
+            self._check_pack(self.sidecar)
         self.identity = self._identity()
 
     def gather(self, starts: npt.NDArray[np.int64], length: int, vocabulary: int) -> npt.NDArray[np.int64]:
@@ -88,43 +94,13 @@ class IndexedDataset:
         path = str(self.bin_path)
         return _index.gather(path, self._descriptor, self._code, self.tokens, vocabulary, starts, length)
 
-    def fill(
-        self,
-        rows: npt.NDArray[np.int64],
-        starts: npt.NDArray[np.int64],
-        limit: int,
-        vocabulary: int,
-        columns: Columns,
-    ) -> None:
-        """Put the windows from tokens ``starts`` [n] into ``rows`` [n] of the columns of a batch, [B, L] each.
-
-        Labels are the tokens after each. Of a window that reaches beyond token ``limit``, the rest of the row is token
-        0 and label -1. Where there is a column of documents, positions begin again in every document, and the label of
-        a document's last token is -1. Without a column of tokens only the .idx is read.
-
-        Raises:
-            DataError: a window leaves the file, an id is not in [0, vocabulary), or a file is damaged or unreadable.
-        """
-        file = (str(self.bin_path), self._descriptor, self._code, self.tokens, vocabulary)
-        index = (str(self.idx_path), self.pointers, self.document_indices, self.dtype.itemsize)
-        _index.fill(file, None if columns[3] is None else index, starts, rows, limit, *columns)
-
     def boundaries(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """[k], ascending: the first tokens d of documents with start < d < stop. Reads nothing but the .idx.
 
         Raises:
-            DataError: the .idx is damaged there.
+            DataError: ``start`` is not in the file, or the .idx is damaged there or cannot be read.
         """
-        documents = range(self.documents)
-        first = bisect_right(documents, start, key=self.start)
-        last = bisect_left(documents, min(stop, self.tokens), lo=first, key=self.start)
-        sequences = self.document_indices[first:last]
-        if len(sequences) and not 0 <= sequences.min() <= sequences.max() < len(self.pointers):
-            raise self._damaged(f"an index of the documents {first} to {last - 1}")
-        found = np.unique(self.pointers[sequences] // self.dtype.itemsize)  # once where documents are empty
-        if len(found) and not start < found[0] <= found[-1] < stop:
-            raise self._damaged(f"the order of the documents {first} to {last - 1}")
-        return found
+        return self.reader.boundaries(start, stop - 1)
 
     def document(self, i: int) -> npt.NDArray[np.int64]:
         """Tokens of document ``i``, with the one that ends it."""
@@ -161,15 +137,11 @@ class IndexedDataset:
                 f" {self.prefix}.idx, and `megapoly data build` writes them"
             ) from error
 
-    def _map_index(self) -> mmap.mmap:
-        descriptor = self._open(self.idx_path)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size < HEADER.size:
-                raise DataError(f"{self.idx_path}: is cut short: {size} bytes, fewer than its header of {HEADER.size}")
-            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
+    def _map_index(self, descriptor: int) -> mmap.mmap:
+        size = os.fstat(descriptor).st_size
+        if size < HEADER.size:
+            raise DataError(f"{self.idx_path}: is cut short: {size} bytes, fewer than its header of {HEADER.size}")
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
 
     def _damaged(self, what: str) -> DataError:
         return DataError(f"{self.idx_path}: is damaged at {what}; `megapoly data verify` finds where")
@@ -230,6 +202,14 @@ class IndexedDataset:
             raise DataError(
                 f"{part(self.prefix, '.json')}: its {sidecar.validation.documents} held-out documents with"
                 f" {sidecar.validation.tokens} tokens are not the last ones of the .idx; build the dataset again"
+            )
+
+    def _check_pack(self, sidecar: Sidecar) -> None:
+        """Training and held-out packs are whole ones."""
+        if sidecar.pack and (self.tokens % sidecar.pack or self.train_tokens % sidecar.pack):
+            raise DataError(
+                f"{part(self.prefix, '.json')}: its {self.train_tokens} training and {sidecar.validation.tokens}"
+                f" held-out tokens are not whole packs of {sidecar.pack}; build the dataset again"
             )
 
     def _identity(self) -> str:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from megapoly.config import Config, Data
+from megapoly.data import _index
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.plan import Plan
-from megapoly.data.samples import Batch, read
+from megapoly.data.samples import Batch, check_pack, read
 from megapoly.data.tokenizer import Tokenizer, check_matches
 from megapoly.errors import DataError
 
 DEPTH = 2
-TIMEOUT = 300.0
 
 
 class Loader:
@@ -27,18 +29,21 @@ class Loader:
     The global batch of a step is the next ``config.batches.size_at(sample)`` samples. Data-parallel rank r of n has its
     r-th part of n, in a row, cut into micro-batches of ``layout.micro_batch`` samples: the union over the ranks is the
     global batch in order, under every layout. It ends where less than a global batch is left of the plan. A thread
-    reads two steps ahead; an error in it is raised here. Use it as a context manager, or call :meth:`close`.
+    reads two steps ahead; an error in it is raised here. A step that is waited for longer than ``data.slow_seconds``
+    says so, with the source that is being read; ``data.timeout_seconds`` of waiting are an error. Use it as a context
+    manager, or call :meth:`close`. Token ids, labels and positions are int32.
 
     Args:
         config: settled for its ranks by ``config.on(world_size)``.
         start: first sample, the number of samples trained so far.
         rank: position on the dp axis.
         with_tokens: False on pipeline stages that need only positions and documents.
-        timeout: seconds that a step may take to read.
+        say: is given the line about a slow disk.
+        pin: batches lie in page-locked memory, from which a GPU copies by itself.
 
     Raises:
-        DataError: a plan of another sequence length; in the iteration, what :func:`read` raises, or a read that took
-            longer than ``timeout``, by its sample numbers.
+        DataError: a plan or packs of another sequence length; in the iteration, what :func:`read` raises, or a read
+            that took too long, by its sample numbers and its source.
     """
 
     def __init__(
@@ -50,23 +55,29 @@ class Loader:
         start: int,
         rank: int,
         with_tokens: bool = True,
-        timeout: float = TIMEOUT,
+        say: Callable[[str], None] = lambda text: None,
+        pin: bool = False,
     ) -> None:
         if plan.sequence != config.train.sequence:
             raise DataError(
                 f"train.sequence is {config.train.sequence}, but the plan of this run has windows of {plan.sequence}"
                 f" tokens; set it to {plan.sequence}, or start a new run"
             )
+        for source in plan.sources:
+            check_pack(source.name, datasets[source.name], plan.sequence, config.data.separate_documents)
         dp, micro_batch, batches, total = config.mesh.dp, config.layout.micro_batch, config.batches, plan.total_samples
         vocabulary, separate = config.model.vocabulary, config.data.separate_documents
+
+        progress = _index.Progress()
 
         def read_step(sample: int, size: int) -> list[Batch]:
             part = size // dp
             samples = sample + rank * part + np.arange(part, dtype=np.int64)
             batch = read(
-                plan, datasets, samples, vocabulary=vocabulary, separate_documents=separate, with_tokens=with_tokens
-            )
-            return batch.split(micro_batch)
+                plan, datasets, samples, vocabulary=vocabulary, separate_documents=separate, with_tokens=with_tokens,
+                ids=torch.int32, progress=progress,
+            )  # fmt: skip
+            return (batch.pinned() if pin else batch).split(micro_batch)
 
         def steps() -> Iterator[tuple[int, int]]:
             """First sample and number of samples of every step."""
@@ -75,7 +86,9 @@ class Loader:
                 yield sample, size
                 sample += size
 
-        self._steps, self._timeout = steps(), timeout
+        self._steps, self._say, self._progress = steps(), say, progress
+        self._slow, self._timeout = config.data.slow_seconds, config.data.timeout_seconds
+        self._names = [f"{source.name!r} ({datasets[source.name].prefix})" for source in plan.sources]
         self._ready: queue.Queue[Any] = queue.Queue(DEPTH)
         self._failure: BaseException | None = None
         stop = threading.Event()
@@ -98,17 +111,29 @@ class Loader:
             self.close()
             raise StopIteration
         sample, size = step
-        try:
-            result = self._ready.get(timeout=self._timeout)
-        except queue.Empty:
-            result = DataError(
-                f"samples {sample} to {sample + size - 1} were not read within {self._timeout:g} s;"
-                f" check that the storage of the datasets answers, then resume"
-            )
+        result = self._take(f"samples {sample} to {sample + size - 1}")
         if isinstance(result, BaseException):
             self._failure = result
             raise result
         return list(result)
+
+    def _take(self, what: str) -> Any:
+        """What the thread has read or met; an error where it takes too long. Says when it is slow, ever more rarely."""
+        began, before = time.monotonic(), self._progress.bytes
+        waited = min(self._slow, self._timeout)
+        while True:
+            try:
+                return self._ready.get(timeout=max(0.0, began + waited - time.monotonic()))
+            except queue.Empty:
+                source, rate = self._progress.source, (self._progress.bytes - before) / waited / 1e6
+                where = f"at {rate:.2f} MB/s, source {self._names[source]}" if source >= 0 else "nothing was read yet"
+            if waited == self._timeout:
+                return DataError(
+                    f"{what} were not read within {waited:g} s ({where}); check that the storage of the datasets"
+                    f" answers, then resume"
+                )
+            self._say(f"slow data: {waited:g} s of waiting for {what} ({where})")
+            waited = min(2 * waited, self._timeout)
 
     def close(self) -> None:
         """End the thread and drop what it has read. The iteration is over; closing again does nothing."""

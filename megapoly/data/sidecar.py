@@ -53,7 +53,8 @@ class Checksums(_Frozen):
 class Sidecar(_Frozen):
     """PREFIX.json. ``documents``, ``tokens`` and ``bytes`` (of UTF-8 text) count the held-out ones too.
 
-    Tokens include the one that ends every document, bytes do not.
+    Tokens include the one that ends every document, bytes do not. With ``pack`` the .bin is a row of packs of so many
+    tokens; 0 is a stream.
     """
 
     format: Literal["megapoly-indexed"] = "megapoly-indexed"
@@ -63,6 +64,7 @@ class Sidecar(_Frozen):
     documents: Count
     tokens: Count
     bytes: Count
+    pack: Count = 0
     validation: Validation
     checksums: Checksums
     tool: str

@@ -167,11 +167,12 @@ def random_batches(config: Config, context: ParallelContext) -> list[Batch]:
     rows, length = config.layout.micro_batch * config.microbatches, config.train.sequence
     tokens, labels = (torch.randint(0, config.model.vocabulary, (rows, length), generator=generator) for _ in range(2))
     positions = torch.arange(length).expand(rows, length).contiguous()
-    documents = None
+    cu_seqlens = None
     if config.data.separate_documents:
         half = length // 2
-        documents = (positions >= half).to(torch.int32)
+        begins = torch.arange(rows + 1, dtype=torch.int32) * length
+        cu_seqlens = torch.stack((begins, begins + half), 1).flatten()[:-1]
         positions = torch.where(positions >= half, positions - half, positions)
     samples = torch.arange(rows) + context.dp.rank * rows
     source = torch.zeros(rows, dtype=torch.int32)
-    return Batch(samples, source, tokens, labels, positions, documents).split(config.layout.micro_batch)
+    return Batch(samples, source, tokens, labels, positions, cu_seqlens).split(config.layout.micro_batch)

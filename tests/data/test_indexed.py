@@ -16,7 +16,6 @@ from megapoly.data.sidecar import Checksums
 from megapoly.data.verify import verify
 from megapoly.errors import DataError
 from tests.data.ondisk import VOCABULARY, patch, random_documents, write
-from tests.data.small import FakeDataset, write_megatron
 
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
 
@@ -319,40 +318,3 @@ def test_writer_refuses_what_it_cannot_be(tmp_path):
     writer.finish()
     with pytest.raises(DataError, match="finished already"):
         writer.append(np.array([1]), np.array([1]))
-
-
-@pytest.mark.parametrize("with_tokens", [True, False])
-@pytest.mark.parametrize("separate", [True, False])
-def test_batches_are_filled_as_token_by_token(tmp_path, separate, with_tokens):
-    """Random documents, empty ones too, and windows of every place, short ones at the end among them."""
-    draw = np.random.default_rng(7)
-    for case in range(30):
-        texts = [draw.integers(0, 50, draw.integers(0, 9)).tolist() for _ in range(40)] + [[1]]
-        write_megatron(tmp_path / f"d{case}", texts)
-        dataset, fake = IndexedDataset(tmp_path / f"d{case}"), FakeDataset(texts)
-        length, limit = int(draw.integers(1, 30)), dataset.tokens - int(draw.integers(0, 5))
-        starts, rows = draw.integers(0, limit, 20), draw.permutation(25)[:20]
-        filled = []
-        for each in (dataset, fake):
-            tokens, labels = (np.full((25, length), 7, np.int64) for _ in range(2))
-            positions, documents = np.full((25, length), 7, np.int64), np.full((25, length), 7, np.int32)
-            pair = (tokens, labels) if with_tokens else (None, None)
-            each.fill(rows, starts, limit, 50, (*pair, positions, documents if separate else None))
-            filled.append((tokens, labels, positions, documents))
-        for ours, expected in zip(*filled, strict=True):
-            np.testing.assert_array_equal(ours, expected)
-
-
-def test_batches_refuse_what_leaves_the_file(tmp_path):
-    write_megatron(tmp_path / "d", [[1, 2, 3], [4, 49]])
-    dataset = IndexedDataset(tmp_path / "d")
-
-    def fill(start, limit, vocabulary):
-        columns = (*(np.zeros((1, 4), np.int64) for _ in range(3)), None)
-        dataset.fill(np.array([0]), np.array([start]), limit, vocabulary, columns)
-
-    for start, limit in ((-1, 5), (5, 5), (0, 6)):
-        with pytest.raises(DataError, match="leaves the file"):
-            fill(start, limit, 50)
-    with pytest.raises(DataError, match="token 4 has id 49"):
-        fill(1, 5, 49)

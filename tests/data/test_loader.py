@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from megapoly import config as configuration
+from megapoly.data import loader as loading
 from megapoly.data.builder import Options, build
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.loader import DEPTH, Loader, open_datasets
@@ -62,11 +64,19 @@ def test_ranks_together_give_the_global_batches_in_order(dp, micro_batch, separa
             vocabulary=100,
             separate_documents=separate,
             with_tokens=True,
+            ids=torch.int32,
         )
+        assert [batch.max_seqlen for batch in batches] == [part.max_seqlen for part in expected.split(micro_batch)]
         for field in dataclasses.fields(expected):
+            if field.name == "cu_seqlens":
+                continue
             parts = [getattr(batch, field.name) for batch in batches]
             whole = getattr(expected, field.name)
             assert parts == [None] * len(parts) if whole is None else torch.equal(torch.cat(parts), whole)
+        if separate:
+            assert torch.equal(torch.cat([batch.documents for batch in batches]), expected.documents)
+        else:
+            assert expected.cu_seqlens is None
 
 
 @pytest.mark.parametrize("start", [0, 14, 30, 48])
@@ -102,60 +112,114 @@ def test_it_ends_where_less_than_a_global_batch_is_left(start, steps):
     assert not threads()
 
 
-def test_it_reads_ahead_and_not_without_bound():
-    class Telling(FakeDataset):
-        reads = threading.Semaphore(0)
-        count = 0
+def test_it_reads_ahead_and_not_without_bound(monkeypatch):
+    reads, samples_read = threading.Semaphore(0), []
 
-        def fill(self, rows, starts, limit, vocabulary, columns):
-            type(self).count += 1
-            self.reads.release()
-            return super().fill(rows, starts, limit, vocabulary, columns)
+    def telling(plan, datasets, samples, **options):
+        samples_read.append(samples)
+        reads.release()
+        return read(plan, datasets, samples, **options)
 
-    datasets = make_datasets(Telling)
+    monkeypatch.setattr(loading, "read", telling)
+    datasets = make_datasets()
     config = make_config(global_batch=1)
     with Loader(config, plan_from_config(config, datasets), datasets, start=0, rank=0) as loader:
-        for _ in range(DEPTH + 1):  # one sample is one gather: so many are read before any is asked for
-            assert Telling.reads.acquire(timeout=60)
-        assert not Telling.reads.acquire(timeout=0.2)
+        for _ in range(DEPTH + 1):  # so many are read before any is asked for
+            assert reads.acquire(timeout=60)
+        assert not reads.acquire(timeout=0.2)
         for taken in range(5):
-            assert Telling.count <= taken + DEPTH + 1
+            assert len(samples_read) <= taken + DEPTH + 1
             next(loader)
-    assert Telling.count <= 5 + DEPTH + 1
+    assert len(samples_read) <= 5 + DEPTH + 1
 
 
 @pytest.mark.parametrize("error", [DataError("fr.bin: damaged at token 7"), MemoryError("no more")])
-def test_an_error_in_the_thread_is_raised_here(error):
-    class Breaking(FakeDataset):
-        def fill(self, rows, starts, limit, vocabulary, columns):
+def test_an_error_in_the_thread_is_raised_here(monkeypatch, error):
+    def breaking(plan, datasets, samples, **options):
+        if samples[0] == 20:
             raise error
+        return read(plan, datasets, samples, **options)
 
-    config = make_config()
-    good, bad = make_datasets(), make_datasets(Breaking)
-    plan = plan_from_config(config, good)
-    first_fr = int(np.flatnonzero(plan.locate(np.arange(60)).source == 1)[0]) // 4
-    with Loader(config, plan, {"en": good["en"], "fr": bad["fr"]}, start=0, rank=0) as loader:
-        assert len(list(itertools.islice(loader, first_fr))) == first_fr
+    monkeypatch.setattr(loading, "read", breaking)
+    config, datasets = make_config(), make_datasets()
+    with Loader(config, plan_from_config(config, datasets), datasets, start=0, rank=0) as loader:
+        assert len(list(itertools.islice(loader, 5))) == 5
         for _ in range(2):
             with pytest.raises(type(error), match=str(error)):
                 next(loader)
 
 
-def test_a_read_that_hangs_is_an_error_with_its_samples():
+def waiting_config(slow, timeout):
+    tree = make_config().document()
+    tree["data"].update(slow_seconds=slow, timeout_seconds=timeout)
+    return configuration.parse(tree)
+
+
+def test_a_read_that_hangs_is_an_error_with_its_samples(monkeypatch):
     answer = threading.Event()
 
-    class Hanging(FakeDataset):
-        def fill(self, rows, starts, limit, vocabulary, columns):
-            answer.wait()
-            return super().fill(rows, starts, limit, vocabulary, columns)
+    def hanging(plan, datasets, samples, **options):
+        answer.wait()
+        return read(plan, datasets, samples, **options)
 
-    config, datasets = make_config(), make_datasets(Hanging)
-    with Loader(config, plan_from_config(config, datasets), datasets, start=8, rank=0, timeout=0.05) as loader:
+    monkeypatch.setattr(loading, "read", hanging)
+    config, datasets, said = waiting_config(10.0, 0.05), make_datasets(), []
+    plan = plan_from_config(config, datasets)
+    with Loader(config, plan, datasets, start=8, rank=0, say=said.append) as loader:
         for _ in range(2):
-            with pytest.raises(DataError, match=r"samples 8 to 11 were not read within 0\.05 s"):
+            with pytest.raises(
+                DataError, match=r"samples 8 to 11 were not read within 0\.05 s \(nothing was read yet\)"
+            ):
                 next(loader)
         answer.set()
+    assert said == []
     assert not threads()
+
+
+def test_a_slow_read_is_said_with_its_source_and_speed(monkeypatch):
+    said, answer = [], threading.Event()
+
+    def say(text):
+        said.append(text)
+        if len(said) == 3:
+            answer.set()
+
+    def slow(plan, datasets, samples, **options):
+        batch = read(plan, datasets, samples, **options)
+        answer.wait()  # as if the last bytes did not come
+        return batch
+
+    monkeypatch.setattr(loading, "read", slow)
+    config, datasets = waiting_config(0.1, 300.0), make_datasets()
+    plan = plan_from_config(config, datasets)
+    last = plan.sources[plan.locate(np.arange(4)).source[-1]].name
+    with Loader(config, plan, datasets, start=0, rank=0, say=say) as loader:
+        (batch,) = next(loader)[:1]
+        assert batch.samples.tolist() == [0]
+    seconds = [0.1, 0.2, 0.4]
+    assert len(said) == 3
+    for text, waited in zip(said, seconds, strict=True):
+        assert re.fullmatch(
+            rf"slow data: {waited:g} s of waiting for samples 0 to 3 \(at \d+\.\d\d MB/s, source '{last}' \(fake\)\)",
+            text,
+        )
+
+
+def test_a_disk_that_stops_midway_is_an_error_with_its_source(monkeypatch):
+    answer = threading.Event()
+
+    def stopping(plan, datasets, samples, **options):
+        batch = read(plan, datasets, samples, **options)
+        answer.wait()
+        return batch
+
+    monkeypatch.setattr(loading, "read", stopping)
+    config, datasets = waiting_config(0.02, 0.05), make_datasets()
+    plan = plan_from_config(config, datasets)
+    with Loader(config, plan, datasets, start=0, rank=0) as loader:
+        with pytest.raises(DataError, match=r"not read within 0\.05 s \(at .* MB/s, source '(en|fr)' \(fake\)\)"):
+            next(loader)
+        answer.set()
 
 
 def test_close_ends_the_thread_and_the_iteration():
@@ -193,6 +257,13 @@ def test_a_plan_of_another_length_is_refused():
     config, datasets = make_config(), make_datasets()
     with pytest.raises(DataError, match=r"train.sequence is 16, but .* 8 tokens"):
         Loader(make_config(sequence=16), plan_from_config(config, datasets), datasets, start=0, rank=0)
+
+
+def test_packs_of_another_length_are_refused():
+    config, datasets = make_config(), make_datasets()
+    packed = FakeDataset(datasets["en"].texts, identity="en", pack=16)
+    with pytest.raises(DataError, match=r"source 'en' \(fake\) is made of packs of 16 tokens, but train.sequence is 8"):
+        Loader(config, plan_from_config(config, datasets), {**datasets, "en": packed}, start=0, rank=0)
 
 
 # ------------------------------------------------------------------------------------------------ real files

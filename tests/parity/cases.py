@@ -56,7 +56,8 @@ def global_batch(step: int, *, documents: bool = False) -> Batch:
     steps = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
     positions = steps - torch.where(starts, steps, 0).cummax(1).values if documents else steps.clone()
     source = torch.arange(BATCH, dtype=torch.int32) % 2
-    return Batch(torch.arange(BATCH), source, tokens, labels, positions, numbers if documents else None)
+    ends = torch.cat((starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()]))).to(torch.int32)
+    return Batch(torch.arange(BATCH), source, tokens, labels, positions, ends if documents else None)
 
 
 def mine(batch: Batch, engine: Engine) -> list[Batch]:
