@@ -1,9 +1,13 @@
 // Writing and reading of the two files of an indexed dataset.
 #include <pybind11/stl.h>
 
+#include <string_view>
+
 #include "bindings.h"
 #include "common.h"
+#include "crc.h"
 #include "gather.h"
+#include "scan.h"
 #include "writer.h"
 
 namespace py = pybind11;
@@ -29,6 +33,22 @@ py::tuple finish(Writer& writer) {
         written = writer.finish();
     }
     return py::make_tuple(written.documents, written.tokens, written.bin_crcs, written.idx_crcs);
+}
+
+py::tuple scan_blocks(const std::string& path, int descriptor, int code, std::int64_t vocabulary, std::int64_t first,
+                      std::int64_t blocks) {
+    if (first < 0 || blocks < 0) throw py::value_error("first and blocks have to be at least 0");
+    Scanned found;
+    {
+        py::gil_scoped_release unlocked;
+        found = scan(path, descriptor, code, vocabulary, first, blocks);
+    }
+    return py::make_tuple(found.crcs, found.wrong, found.wrong_ids);
+}
+
+std::uint32_t checksum(const py::bytes& data, bool by_tables) {
+    const std::string_view bytes = data;
+    return by_tables ? crc32_by_tables(bytes.data(), bytes.size()) : crc32(bytes.data(), bytes.size());
 }
 
 Ids gather_windows(const std::string& path, int descriptor, int code, std::int64_t count, std::int64_t vocabulary,
@@ -59,6 +79,10 @@ void bind_files(py::module_& module) {
         .def("append", &append_documents<std::int32_t>, py::arg("ids").noconvert(), py::arg("lengths"))
         .def("append", &append_documents<std::int64_t>, py::arg("ids"), py::arg("lengths"))
         .def("finish", &finish);
+
+    module.def("scan", &scan_blocks, py::arg("path"), py::arg("descriptor"), py::arg("code"), py::arg("vocabulary"),
+               py::arg("first"), py::arg("blocks"));
+    module.def("crc32", &checksum, py::arg("data"), py::arg("by_tables") = false);
 
     module.def("gather", &gather_windows, py::arg("path"), py::arg("descriptor"), py::arg("code"), py::arg("count"),
                py::arg("vocabulary"), py::arg("starts"), py::arg("length"));

@@ -1,4 +1,4 @@
-// Shared by the data engine: the error type, the token types of Megatron's format, checksums, whole writes.
+// Shared by the data engine: the error type, the token types of Megatron's format, files that are written.
 #pragma once
 
 #include <cstddef>
@@ -36,9 +36,6 @@ auto with_token_type(int code, Visit&& visit) {
     }
 }
 
-// CRC-32 of zlib and PNG (reflected polynomial 0xEDB88320).
-std::uint32_t crc32(const void* data, std::size_t size) noexcept;
-
 // A file that is written from start to end through a large buffer, with a CRC-32 for every block of kBlock bytes.
 class OutputFile {
 public:
@@ -64,6 +61,7 @@ private:
 
     std::string path_;
     int descriptor_;
+    std::size_t written_ = 0;
     std::vector<unsigned char> buffer_;
     std::vector<std::uint32_t> block_crcs_;
 };

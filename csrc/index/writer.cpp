@@ -39,14 +39,16 @@ void Writer::check(const Id* ids, std::int64_t count, const std::int64_t* length
         left -= lengths[i];
     }
     if (left != 0) throw DataError(where + "the lengths sum to " + std::to_string(left) + " less than the ids");
-    const auto limit = static_cast<std::uint64_t>(vocabulary_);
-    bool outside = false;
-    for (std::int64_t i = 0; i < count; ++i)
-        outside |= static_cast<std::uint64_t>(static_cast<std::int64_t>(ids[i])) >= limit;
-    for (std::int64_t i = 0; outside && i < count; ++i)
-        if (static_cast<std::uint64_t>(static_cast<std::int64_t>(ids[i])) >= limit)
-            throw DataError(where + "token " + std::to_string(tokens_ + i) + ": id " + std::to_string(ids[i]) +
-                            " is outside the vocabulary of " + std::to_string(vocabulary_));
+    Id least = 0, most = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        least = std::min(least, ids[i]);
+        most = std::max(most, ids[i]);
+    }
+    if (least >= 0 && most < vocabulary_) return;
+    std::int64_t i = 0;
+    while (ids[i] >= 0 && ids[i] < vocabulary_) ++i;
+    throw DataError(where + "token " + std::to_string(tokens_ + i) + ": id " + std::to_string(ids[i]) +
+                    " is outside the vocabulary of " + std::to_string(vocabulary_));
 }
 
 template <typename Id>
