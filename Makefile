@@ -28,8 +28,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile $(SOURCES)
 train: build ## the main job on a CPU: real text in 18 languages to a trained, resumed and sampled model
 	$(BIN)/python examples/demo/run.py
 
-bench: build ## the speed of a training step against peers, into benchmarks/results; some minutes, on a quiet machine
+bench: build ## a training step and the data engine against peers, into benchmarks/results; some minutes, on a quiet machine
 	$(BIN)/megapoly bench step --save benchmarks/results
+	$(BIN)/megapoly bench data --save benchmarks/results
 
 test: build ## the tests, in under 10 minutes on 2 cores
 	$(PYTEST) -m "not long"

@@ -1,6 +1,6 @@
 """The data engine beside megatron-core: start-up, mixture, samples, files, encoding. No torch.
 
-Every measurement is a process of its own, ours and the peer's in turns; a value is the median of the turns.
+Every measurement is a process of its own on one core, ours and the peer's in turns; a value is the median of the turns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 from megapoly.bench import data_input
 from megapoly.bench.data_job import Measured, ask
 from megapoly.bench.race import version
-from megapoly.data.readers import expand, open_reader
 from megapoly.errors import TrainingError
 
 Progress = Callable[[str], object]
@@ -38,7 +37,7 @@ class Options:
         write_tokens: to write.
         text_bytes: of generated text, where ``text`` is empty.
         vocabulary: of the random tokens; below 65,500 they take two bytes.
-        text: files with text to encode, in the field ``text``.
+        text: .jsonl or .jsonl.gz files to encode, in the field ``text``.
         tokenizer: a SentencePiece model; None trains a small one.
         seconds: that samples are read for, in a turn.
         repeats: turns.
@@ -75,7 +74,7 @@ class Figure:
     Attributes:
         unit: of the value, which is ``scale`` times the seconds where ``lower`` is better, else times the rate.
         wanted: the value to reach.
-        memory: MiB that it may take; None where that is no question.
+        memory: MiB that it may take, where that is a question.
         limit: what the machine allows, by name and value.
     """
 
@@ -104,18 +103,14 @@ def measure(options: Options, progress: Progress = lambda text: None) -> list[Ro
         DataError: a file with text that cannot be read.
         TrainingError: megapoly did not finish.
     """
-    with tempfile.TemporaryDirectory(prefix="megapoly-bench-", dir=options.folder) as name:
-        folder = Path(name)
-        rows = []
-        for make in (_startup, _mixture, _samples, _files, _encode):
+    rows = []
+    for make in (_startup, _mixture, _samples, _files, _encode):
+        with tempfile.TemporaryDirectory(prefix="megapoly-bench-", dir=options.folder) as folder:
             progress(f"{make.__name__.strip('_')}: making its input")
-            for figure in make(options, folder, progress):
-                rows.append(_row(figure, options.repeats, progress))
-            for path in folder.iterdir():
-                path.unlink()
-        by_name = {row["name"]: row for row in rows}
-        plain, separated = by_name["samples"], by_name["samples_documents"]
-        separated["times_slower_than_samples"] = plain["value"] / separated["value"]
+            rows += [_row(figure, options.repeats, progress) for figure in make(options, Path(folder), progress)]
+    by_name = {row["name"]: row for row in rows}
+    plain, separated = by_name["samples"], by_name["samples_documents"]
+    separated["times_slower"] = plain["value"] / separated["value"]
     return rows
 
 
@@ -150,9 +145,7 @@ def _samples(options: Options, folder: Path, progress: Progress) -> list[Figure]
     common["vocabulary"] = options.vocabulary
     extra = {"sequence": options.sequence}
     return [
-        Figure(
-            name, "samples", common | {"separate": separate}, "samples/s", 1, wanted, limit=limit, extra=extra
-        )  # fmt: skip
+        Figure(name, "samples", common | {"separate": separate}, "samples/s", 1, wanted, limit=limit, extra=extra)
         for name, separate, wanted in (("samples", False, 60_000), ("samples_documents", True, 60_000 / 1.3))
     ]
 
@@ -168,38 +161,35 @@ def _files(options: Options, folder: Path, progress: Progress) -> list[Figure]:
     write = common | {"tokens": options.write_tokens, "mean": options.mean}
     extra = {"documents": options.documents}
     return [
-        Figure("index", "index", index, "s", 1, 0.5, lower=True, memory=1, extra=extra),
+        Figure("index", "index", index, "s", 1, 0.5, lower=True, extra=extra),
         Figure("write", "write", write, "M tokens/s", 1e-6, None, limit=limit, extra={"tokens": options.write_tokens}),
     ]
 
 
 def _encode(options: Options, folder: Path, progress: Progress) -> list[Figure]:
-    texts, size, model = list(options.text), 0, options.tokenizer
-    if texts:
-        texts = expand(texts)
-        size = sum(len(record.text("text").encode()) for path in texts for record in open_reader(path))
-    else:
-        texts = [folder / "text.jsonl"]
-        size = data_input.write_text(texts[0], options.text_bytes)
+    texts, model = options.text, options.tokenizer
+    if not texts:
+        texts = (folder / "text.jsonl",)
+        data_input.write_text(texts[0], options.text_bytes)
     if model is None:
         model = folder / "bench.model"
         few = min(options.text_bytes, 2_000_000)
         data_input.train_tokenizer(model, data_input.generated_text(few), 8000 if few > 1_000_000 else 6500)
-    parameters = {"prefix": folder / "encoded", "texts": [str(path) for path in texts], "size": size}
-    parameters |= {"tokenizer": model, "threads": 1}
-    progress("encode on two threads")
-    two = _turns(OWN, "encode", parameters | {"threads": 2}, options.repeats)
+    parameters = {"prefix": folder / "encoded", "texts": [str(Path(path).absolute()) for path in texts]}
+    parameters |= {"tokenizer": Path(model).absolute(), "threads": 1}
+    progress("encode: two threads")
+    two = _turns(OWN, "encode", parameters | {"threads": 2}, options.repeats, cores=2)
     extra = {
         "text": "given files" if options.text else "generated",
-        "bytes": size,
+        "bytes": int(two[0].work),
         "value_two_threads": statistics.median(turn.rate for turn in two) / 1e6,
         "wanted_two_threads": 36,
     }
     return [Figure("encode", "encode", parameters, "MB/s", 1e-6, 20, extra=extra)]
 
 
-def _turns(program: str, job: str, parameters: Mapping[str, Any], repeats: int) -> list[Measured]:
-    return [ask(program, job, parameters) for _ in range(repeats)]
+def _turns(program: str, job: str, parameters: Mapping[str, Any], repeats: int, cores: int = 1) -> list[Measured]:
+    return [ask(program, job, parameters, cores) for _ in range(repeats)]
 
 
 def _row(figure: Figure, repeats: int, progress: Progress) -> Row:
@@ -231,8 +221,7 @@ def _row(figure: Figure, repeats: int, progress: Progress) -> Row:
     if figure.limit:
         row["limit_of"], row["limit"] = figure.limit
         row["share_of_limit"] = row["value"] / row["limit"]
-    if figure.memory is not None:
-        row |= {"memory_mib": _memory(own), "wanted_memory_mib": figure.memory, "peer_memory_mib": _memory(theirs)}
+    row |= {"memory_mib": _memory(own), "wanted_memory_mib": figure.memory, "peer_memory_mib": _memory(theirs)}
     if theirs:
         peer_values = [figure.value(turn) for turn in theirs]
         row["peer_value"], row["peer_spread"] = statistics.median(peer_values), [min(peer_values), max(peer_values)]

@@ -1,12 +1,13 @@
 """One measurement of the data engine or of a peer, in a process of its own. No torch.
 
-``python -m PROGRAM JOB PARAMETERS`` runs the function JOB of a program with its parameters, which are JSON, and prints
-what it returns as the last line. A job gives a :class:`Measured`.
+``python -m PROGRAM JOB CORES PARAMETERS`` runs the function JOB of a program on so many cores, with its parameters,
+which are JSON, and prints the :class:`Measured` that it returns as the last line.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -72,17 +73,19 @@ def repeated(batch: Callable[[int], int], seconds: float) -> Measured:
 
 def serve(jobs: Mapping[str, Callable[..., Measured]]) -> None:
     """The process's end."""
-    name, parameters = sys.argv[1:]
+    name, cores, parameters = sys.argv[1:]
+    if hasattr(os, "sched_setaffinity"):  # not on macOS
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
     print(json.dumps(asdict(jobs[name](**json.loads(parameters)))))
 
 
-def ask(program: str, job: str, parameters: Mapping[str, Any]) -> Measured:
+def ask(program: str, job: str, parameters: Mapping[str, Any], cores: int = 1) -> Measured:
     """The parent's end.
 
     Raises:
         TrainingError: the process failed; with the end of what it wrote.
     """
-    command = [sys.executable, "-m", program, job, json.dumps(parameters, default=str)]
+    command = [sys.executable, "-m", program, job, str(cores), json.dumps(parameters, default=str)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if done.returncode:
         raise TrainingError(f"{program} {job} failed: {' '.join(done.stderr.split()[-60:])}")

@@ -64,12 +64,17 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def origin(document: dict[str, Any]) -> str:
+    """On what it ran, with which versions, when."""
+    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items() if number)
+    where = [document["device"], versions, document["date"], *filter(None, [document["commit"]])]
+    return "; ".join(where)
+
+
 def notes(document: dict[str, Any]) -> list[str]:
     """Lines below the table: what ran, on what, what is missing, and whether the machine was busy."""
     rows, settings = document["rows"], document["settings"]
-    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items() if number)
-    where = [document["device"], versions, document["date"], *filter(None, [document["commit"]])]
-    lines = ["; ".join(where), ", ".join(f"{key} {value}" for key, value in settings.items())]
+    lines = [origin(document), ", ".join(f"{key} {value}" for key, value in settings.items())]
     described = set()
     for row in rows:
         if "tokens_per_second" in row:
@@ -93,21 +98,27 @@ def notes(document: dict[str, Any]) -> list[str]:
 def markdown(document: dict[str, Any]) -> str:
     """A page with the table, for a repository."""
     lines = ["# megapoly bench step", "", *(f"- {line}" for line in notes(document)), ""]
-    lines += [_line(HEADS), _line(("---", *("---:" for _ in HEADS[1:])))]
-    lines += [_line(cells(row)) for row in document["rows"]]
+    lines += markdown_table(HEADS, [cells(row) for row in document["rows"]])
     return "\n".join(lines) + "\n"
 
 
-def save(document: dict[str, Any], folder: Path) -> Path:
-    """Write ``step-DEVICE-DATE.json`` and ``.md`` into ``folder``; returns the path of the latter.
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_line(heads), _line(("---", *("---:" for _ in heads[1:]))), *(_line(row) for row in rows)]
+
+
+def save(document: dict[str, Any], folder: Path, name: str = "step", page: str | None = None) -> Path:
+    """Write ``NAME-DEVICE-DATE.json`` and ``.md`` into ``folder``; returns the path of the latter.
+
+    Args:
+        page: the Markdown; by default of a benchmark of steps.
 
     Raises:
         DataError: a file cannot be written.
     """
     device = re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
-    path = folder / f"step-{device}-{document['date']}.md"
+    path = folder / f"{name}-{device}-{document['date']}.md"
     write_json(document, path.with_suffix(".json"))
-    write_whole(path, markdown(document).encode())
+    write_whole(path, (markdown(document) if page is None else page).encode())
     return path
 
 

@@ -1,4 +1,4 @@
-"""``python -m``: what this machine allows: windows copied out of the page cache, bytes written to the disk. No torch."""
+"""``python -m``: what this machine allows: windows copied from the page cache, bytes brought to the disk. No torch."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from megapoly.bench.data_job import Measured, repeated, serve, watch
-from megapoly.data import _index, samples
+from megapoly.data import _index
 from megapoly.data.builder import Options, build
 from megapoly.data.indexed import IndexedDataset, dtype_code
 from megapoly.data.plan import Plan, Source
+from megapoly.data.samples import read
 from megapoly.data.tokenizer import Tokenizer
 
 _ROWS = 256  # of a batch
@@ -42,7 +43,7 @@ def mixture(sources: int, count: int, sequence: int) -> Measured:
     return result
 
 
-def read_samples(prefix: str, sequence: int, vocabulary: int, separate: bool, seconds: float) -> Measured:
+def samples(prefix: str, sequence: int, vocabulary: int, separate: bool, seconds: float) -> Measured:
     """Whole batches of tensors, in the plan's random order."""
     torch.set_num_threads(1)
     dataset = IndexedDataset(prefix)
@@ -50,9 +51,7 @@ def read_samples(prefix: str, sequence: int, vocabulary: int, separate: bool, se
 
     def batch(number: int) -> int:
         rows = np.arange(number * _ROWS, (number + 1) * _ROWS) % plan.total_samples
-        samples.read(
-            plan, {"en": dataset}, rows, vocabulary=vocabulary, separate_documents=separate, with_tokens=True
-        )  # fmt: skip
+        read(plan, {"en": dataset}, rows, vocabulary=vocabulary, separate_documents=separate, with_tokens=True)
         return _ROWS
 
     return repeated(batch, seconds)
@@ -82,23 +81,16 @@ def write(prefix: str, tokens: int, mean: int, vocabulary: int) -> Measured:
     return result
 
 
-def encode(prefix: str, texts: Sequence[str], tokenizer: str, size: int, threads: int) -> Measured:
-    """A whole build, from JSON lines."""
+def encode(prefix: str, texts: Sequence[str], tokenizer: str, threads: int) -> Measured:
+    """A whole build, from JSON lines; the work is bytes of text."""
     loaded = Tokenizer.load(tokenizer)
     options = Options(validation_fraction=0.0, threads=threads, overwrite=True)
-    with watch(size) as result:
-        build([Path(text) for text in texts], prefix, loaded, language="en", options=options)
+    with watch() as result:
+        made = build([Path(text) for text in texts], prefix, loaded, language="en", options=options)
+    result.work = made.bytes
     return result
 
 
 if __name__ == "__main__":
-    serve(
-        {
-            "startup": startup,
-            "mixture": mixture,
-            "samples": read_samples,
-            "index": index,
-            "write": write,
-            "encode": encode,
-        }
-    )
+    jobs = (startup, mixture, samples, index, write, encode)
+    serve({job.__name__: job for job in jobs})

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import sentencepiece
@@ -23,6 +24,7 @@ class _Ends:
     """What its datasets ask of a tokenizer: the id that ends a document, and one that stands nowhere."""
 
     eod, pad = 0, -2
+    unique_identifiers: ClassVar[dict[str, str]] = {"class": "ends"}
 
 
 def _dataset(prefix: str, sequence: int, count: int, *, separate: bool = False, cache: str | None = None) -> GPTDataset:
@@ -55,7 +57,7 @@ def mixture(sources: int, count: int, sequence: int) -> Measured:
     return result
 
 
-def read_samples(prefix: str, sequence: int, vocabulary: int, separate: bool, seconds: float) -> Measured:
+def samples(prefix: str, sequence: int, vocabulary: int, separate: bool, seconds: float) -> Measured:
     """Samples in its random order, one by one, as a loader's worker asks for them."""
     torch.set_num_threads(1)
     made = _dataset(prefix, sequence, 1, separate=separate)
@@ -88,29 +90,24 @@ def write(prefix: str, tokens: int, mean: int, vocabulary: int) -> Measured:
     return result
 
 
-def encode(prefix: str, texts: Sequence[str], tokenizer: str, size: int, threads: int) -> Measured:
+def encode(prefix: str, texts: Sequence[str], tokenizer: str, threads: int) -> Measured:
     """The loop of its tools/preprocess_data.py: a line, its ids by SentencePiece, a document."""
     model = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
-    end = model.piece_to_id("</s>")
-    with watch(size) as result:
+    end, size = model.piece_to_id("</s>"), 0
+    with watch() as result:
         builder = IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(model.vocab_size()))
-        for text in texts:
-            with gzip.open(text, "rb") if text.endswith(".gz") else open(text, "rb") as lines:
+        for path in texts:
+            with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
                 for line in lines:
-                    ids = [*model.encode(json.loads(line)["text"], num_threads=threads), end]
+                    text = json.loads(line)["text"]
+                    size += len(text.encode())
+                    ids = [*model.encode(text, num_threads=threads), end]
                     builder.add_document(torch.IntTensor(ids), [len(ids)])
         builder.finalize(f"{prefix}.idx")
+    result.work = size
     return result
 
 
 if __name__ == "__main__":
-    serve(
-        {
-            "startup": startup,
-            "mixture": mixture,
-            "samples": read_samples,
-            "index": index,
-            "write": write,
-            "encode": encode,
-        }
-    )
+    jobs = (startup, mixture, samples, index, write, encode)
+    serve({job.__name__: job for job in jobs})

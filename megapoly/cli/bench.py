@@ -103,6 +103,46 @@ def bench_step(
         print(report.save(document, save))
 
 
+@bench_app.command("data")
+def bench_data(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, one turn: a trial, not a measurement.")] = False,
+    text: Annotated[
+        list[Path] | None, typer.Option(help=".jsonl or .jsonl.gz to encode; several times.  [default: generated]")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model to encode with.  [default: a small one is trained]")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Turns of a side.  [default: 3; quick: 1]")] = None,
+    folder: Annotated[Path | None, typer.Option(help="For files of a GB or two.  [default: the system's]")] = None,
+    json_file: JsonFile = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")] = None,
+) -> None:
+    """The data engine beside megatron-core in the same run: start-up, mixture, samples, files, encoding.
+
+    Every turn is a process of its own on one core; a value is the median, a ratio above 1 is better than the peer.
+
+    [bold]Example:[/bold] megapoly bench data --text data/en.jsonl.gz --tokenizer poly.model --json data.json
+    """
+    from megapoly.bench import data, data_report, report
+
+    chosen = (data.QUICK if quick else {}) | ({} if repeats is None else {"repeats": repeats})
+    options = data.Options(**chosen, text=tuple(text or ()), tokenizer=tokenizer, folder=folder)
+    with Console(stderr=True).status("") as status:
+        rows = data.measure(options, status.update)
+    document = report.make_report(rows, report.cpu_name(), data_report.settings(options))
+    table = make_table(*data_report.HEADS)
+    for row in rows:
+        table.add_row(*data_report.cells(row))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for line in data_report.notes(document):
+        console.print(line)
+    if json_file:
+        report.write_json(document, json_file)
+    if save:
+        print(report.save(document, save, "data", data_report.markdown(document)))
+
+
 def _names(text: str) -> list[str]:
     """Of a comma-separated list, each once."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
