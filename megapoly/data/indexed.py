@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import struct
 import weakref
 from bisect import bisect_right
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 from megapoly.data import _index
-from megapoly.data.sidecar import Sidecar
+from megapoly.data.sidecar import Checksums, Sidecar
 from megapoly.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -40,6 +40,49 @@ def part(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
+class Column:
+    """Whole numbers that stand in an open file, read (not mapped) when they are asked for: a number or a slice.
+
+    Indexing raises :class:`DataError` where the file has become shorter.
+    """
+
+    def __init__(self, path: Path, descriptor: int, dtype: str, count: int, offset: int) -> None:
+        self._path, self._descriptor, self._dtype = path, descriptor, np.dtype(dtype)
+        self._count, self.offset, self.itemsize = count, offset, self._dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> npt.NDArray[np.int64]: ...
+
+    def __getitem__(self, at: int | slice) -> int | npt.NDArray[np.int64]:
+        if isinstance(at, slice):
+            start, stop, step = at.indices(self._count)
+            return self._read(start, max(start, stop))[::step]
+        at = at + self._count if at < 0 else at
+        if not 0 <= at < self._count:
+            raise IndexError(f"number {at} of {self._count}")
+        return int(self._read(at, at + 1)[0])
+
+    def _read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        size, first = (stop - start) * self.itemsize, self.offset + start * self.itemsize
+        try:
+            data = b""
+            while len(data) < size and (more := os.pread(self._descriptor, size - len(data), first + len(data))):
+                data += more
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read at byte {first} ({error.strerror})") from error
+        if len(data) < size:
+            raise DataError(
+                f"{self._path}: ends at byte {first + len(data)}, earlier than when it was opened; build it again"
+            )
+        return np.frombuffer(data, self._dtype).astype(np.int64)
+
+
 class IndexedDataset:
     """An indexed dataset, opened for reading; cheap to open whatever its size, and safe to pickle.
 
@@ -51,6 +94,7 @@ class IndexedDataset:
         sidecar: what PREFIX.json says; None for a foreign dataset, of which nothing is held out.
         pack: where the .bin is a row of packs, their length in tokens; 0 for a stream.
         reader: what :mod:`megapoly.data.samples` reads batches from; it holds its files open by itself.
+        lengths, pointers, document_indices: the columns of the .idx.
         identity: hex hash of the content: from the checksums in the sidecar, else from header, counts and sizes.
     """
 
@@ -65,18 +109,15 @@ class IndexedDataset:
         self.sidecar = Sidecar.read(part(self.prefix, ".json"))
         self._descriptor = self._open(self.bin_path)
         weakref.finalize(self, os.close, self._descriptor)
-        index = self._open(self.idx_path)
-        try:
-            self._mapping = self._map_index(index)
-            self._read_header()
-            self._check_ends()
-            self.documents = len(self.document_indices) - 1
-            self.reader = _index.Dataset(
-                str(self.bin_path), self._descriptor, self._code, self.tokens,
-                str(self.idx_path), index, len(self.pointers), self.documents,
-            )  # fmt: skip
-        finally:
-            os.close(index)
+        self._index = self._open(self.idx_path)
+        weakref.finalize(self, os.close, self._index)
+        self._header = self._read_header()
+        self._check_ends()
+        self.documents = len(self.document_indices) - 1
+        self.reader = _index.Dataset(
+            str(self.bin_path), self._descriptor, self._code, self.tokens,
+            str(self.idx_path), self._index, len(self.pointers), self.documents,
+        )  # fmt: skip
         self.pack = 0 if self.sidecar is None else self.sidecar.pack
         self.train_documents, self.train_tokens = self.documents, self.tokens
         if self.sidecar is not None:
@@ -106,20 +147,21 @@ class IndexedDataset:
         """Tokens of document ``i``, with the one that ends it."""
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents}")
+        first, last = self.document_indices[i : i + 2].tolist()
         start, stop = self.start(i), self.start(i + 1)
-        if not 0 <= start <= stop <= self.tokens:
-            raise self._damaged(f"the pointers of the documents {i} and {i + 1}")
+        if not 0 <= start <= stop <= self.tokens or self.lengths[first:last].sum() != stop - start:
+            raise self._damaged(f"the lengths or pointers of document {i}")
         vocabulary = self.sidecar.tokenizer.vocabulary if self.sidecar else np.iinfo(np.int64).max
         return self.gather(np.array([start]), stop - start, vocabulary)[0]
 
     def start(self, i: int) -> int:
         """First token of document ``i``; where ``i`` is the number of documents, the number of tokens."""
-        sequence = int(self.document_indices[i])
+        sequence = self.document_indices[i]
         if sequence == len(self.pointers):
             return self.tokens
         if not 0 <= sequence < len(self.pointers):
             raise self._damaged(f"the index of document {i}")
-        return int(self.pointers[sequence]) // self.dtype.itemsize
+        return self.pointers[sequence] // self.dtype.itemsize
 
     def document_at(self, token: int) -> int:
         """The document that holds a token."""
@@ -137,18 +179,15 @@ class IndexedDataset:
                 f" {self.prefix}.idx, and `megapoly data build` writes them"
             ) from error
 
-    def _map_index(self, descriptor: int) -> mmap.mmap:
-        size = os.fstat(descriptor).st_size
-        if size < HEADER.size:
-            raise DataError(f"{self.idx_path}: is cut short: {size} bytes, fewer than its header of {HEADER.size}")
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-
     def _damaged(self, what: str) -> DataError:
         return DataError(f"{self.idx_path}: is damaged at {what}; `megapoly data verify` finds where")
 
-    def _read_header(self) -> None:
-        path, size = self.idx_path, len(self._mapping)
-        magic, version, code, sequences, entries = HEADER.unpack_from(self._mapping)
+    def _read_header(self) -> bytes:
+        path, size = self.idx_path, os.fstat(self._index).st_size
+        header = os.pread(self._index, HEADER.size, 0)
+        if len(header) < HEADER.size:
+            raise DataError(f"{path}: is cut short: {size} bytes, fewer than its header of {HEADER.size}")
+        magic, version, code, sequences, entries = HEADER.unpack(header)
         if magic != MAGIC or version != 1:
             raise DataError(
                 f"{path}: begins with {magic!r}, version {version}; an index begins with {MAGIC!r}, version 1"
@@ -165,10 +204,11 @@ class IndexedDataset:
             )
         self._code: int = code
         self.dtype = np.dtype(DTYPES[code])
-        view, at = self._mapping, HEADER.size
-        self.lengths: npt.NDArray[np.int32] = np.frombuffer(view, "<i4", sequences, at)
-        self.pointers: npt.NDArray[np.int64] = np.frombuffer(view, "<i8", sequences, at + 4 * sequences)
-        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(view, "<i8", entries, at + 12 * sequences)
+        at = HEADER.size
+        self.lengths = Column(path, self._index, "<i4", sequences, at)
+        self.pointers = Column(path, self._index, "<i8", sequences, at + 4 * sequences)
+        self.document_indices = Column(path, self._index, "<i8", entries, at + 12 * sequences)
+        return header
 
     def _check_ends(self) -> None:
         sequences, indices, item = len(self.pointers), self.document_indices, self.dtype.itemsize
@@ -180,7 +220,7 @@ class IndexedDataset:
                 f" {indices[:1].tolist()} to {indices[-1:].tolist()}, and have to from 0 to {sequences}"
             )
         size = os.fstat(self._descriptor).st_size
-        end = int(self.pointers[-1]) + int(self.lengths[-1]) * item
+        end = self.pointers[-1] + self.lengths[-1] * item
         if self.pointers[0] != 0 or self.lengths[-1] < 0 or end != size:
             raise DataError(
                 f"{self.bin_path}: has {size} bytes, but by {self.idx_path.name} its tokens run from byte"
@@ -196,6 +236,7 @@ class IndexedDataset:
                 f"{part(self.prefix, '.json')}: is of another build: it tells of {sidecar.documents} documents and"
                 f" {sidecar.tokens} tokens, the .idx of {self.documents} and {self.tokens}; build the dataset again"
             )
+        self._check_checksums(sidecar.checksums)
         self.train_documents -= sidecar.validation.documents
         self.train_tokens -= sidecar.validation.tokens
         if self.train_documents < 0 or self.start(self.train_documents) != self.train_tokens:
@@ -212,10 +253,23 @@ class IndexedDataset:
                 f" held-out tokens are not whole packs of {sidecar.pack}; build the dataset again"
             )
 
+    def _check_checksums(self, sums: Checksums) -> None:
+        for path, descriptor, digits in (
+            (self.bin_path, self._descriptor, sums.bin),
+            (self.idx_path, self._index, sums.idx),
+        ):
+            size = os.fstat(descriptor).st_size
+            if sums.block != _index.BLOCK_BYTES or len(digits) != 8 * -(-size // sums.block):
+                raise DataError(
+                    f"{part(self.prefix, '.json')}: {len(digits) // 8} checksums of blocks of {sums.block} bytes,"
+                    f" for the {size} bytes of {path.name}; expected one for every {_index.BLOCK_BYTES} bytes; build"
+                    " the dataset again"
+                )
+
     def _identity(self) -> str:
         if self.sidecar is not None:
             kept = self.sidecar.model_dump(include={"tokenizer", "documents", "tokens", "validation", "checksums"})
             content = json.dumps(kept, sort_keys=True).encode()
         else:
-            content = self._mapping[: HEADER.size] + struct.pack("<QQ", len(self._mapping), self.tokens)
+            content = self._header + struct.pack("<QQ", os.fstat(self._index).st_size, self.tokens)
         return hashlib.sha256(content).hexdigest()

@@ -11,6 +11,7 @@ import pydantic
 from megapoly.errors import DataError
 
 Count = Annotated[int, pydantic.Field(ge=0)]
+Digits = Annotated[str, pydantic.Field(pattern="^([0-9a-f]{8})*$")]
 
 
 class _Frozen(pydantic.BaseModel):
@@ -38,8 +39,8 @@ class Checksums(_Frozen):
     """CRC-32 of every block of ``block`` bytes of the .bin and the .idx: eight hexadecimal digits each, joined."""
 
     block: int
-    bin: str
-    idx: str
+    bin: Digits
+    idx: Digits
 
     @staticmethod
     def join(crcs: Sequence[int]) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import zlib
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from megapoly.data import _index
 from megapoly.data._index import BLOCK_BYTES
-from megapoly.data.indexed import HEADER, IndexedDataset
+from megapoly.data.indexed import DTYPES, Column, IndexedDataset
 from megapoly.data.sidecar import Checksums
-from megapoly.errors import DataError
 
 _CHUNK = 1 << 20  # entries of the .idx looked at together
+_BLOCKS = 16  # read by a thread at a time
+_CHANGED = "the content has changed since it was built (checksum)"
 
 
 @dataclass(frozen=True)
@@ -39,88 +42,125 @@ def verify(
     prefix: str | Path,
     *,
     vocabulary: int | None = None,
+    threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Damage]:
     """Check every pointer, index, checksum and token of a dataset; no damage is an empty list.
 
+    A place is reported once: where a checksum tells that blocks have changed, what is seen to be wrong inside them
+    (an id, a pointer) is told with them.
+
     Args:
         prefix: the dataset.
         vocabulary: of a foreign dataset, whose ids are else only checked not to be negative.
+        threads: that read; 0 is one for each core.
         progress: hears of the bytes read and of all bytes.
 
     Raises:
-        DataError: the dataset cannot be opened at all.
+        DataError: the dataset cannot be opened at all, or not be read.
     """
     dataset = IndexedDataset(prefix)
     sums = dataset.sidecar.checksums if dataset.sidecar else None
-    if sums is not None and sums.block != BLOCK_BYTES:
-        raise DataError(f"{prefix}.json: checksums of blocks of {sums.block} bytes; expected {BLOCK_BYTES}")
     limit = dataset.sidecar.tokenizer.vocabulary if dataset.sidecar else vocabulary
-    total = dataset.idx_path.stat().st_size + dataset.bin_path.stat().st_size
-    found: list[Damage] = []
-    done = 0
-    for start, block in _blocks(dataset.idx_path, sums.idx if sums else None, found):
-        done = start + len(block)
-        progress(done, total)
-    index_damage = list(_index_damage(dataset))
-    for start, block in _blocks(dataset.bin_path, sums.bin if sums else None, found):
-        if wrong := _wrong_id(dataset, start, block, limit):
-            found.append(wrong)
-        progress(done + start + len(block), total)
-    found += index_damage
-    return found if index_damage else [_with_documents(dataset, damage) for damage in found]
+    sizes = [path.stat().st_size for path in (dataset.idx_path, dataset.bin_path)]
+    code = next(code for code, name in DTYPES.items() if dataset.dtype == name)
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        scan = _Scan(pool, lambda done: progress(done, sum(sizes)))
+        changed, _ = scan(dataset.idx_path, sums.idx if sums else None, 0, None)
+        in_index = _told_with(changed, list(_index_damage(dataset)))
+        changed, wrong = scan(dataset.bin_path, sums.bin if sums else None, code, limit)
+    in_tokens = _told_with(changed, [[_wrong_id(dataset, at, found, limit)] for at, found in wrong])
+    # Where the index is damaged, it cannot be asked for documents.
+    return in_index + (in_tokens if in_index else [_with_documents(dataset, damage) for damage in in_tokens])
 
 
-def _blocks(path: Path, digits: str | None, found: list[Damage]) -> Iterator[tuple[int, bytes]]:
-    """The file in blocks with their offsets; appends what the checksums tell, neighbouring blocks joined."""
-    sums = Checksums.split(digits) if digits is not None else None
-    size, number = path.stat().st_size, 0
-    blocks = -(-size // BLOCK_BYTES)
-    if sums is not None and len(sums) != blocks:
-        found.append(Damage(path, 0, size, f"there are {blocks} blocks, and checksums for {len(sums)}"))
-        sums = None
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            start = number * BLOCK_BYTES
-            if sums is not None and zlib.crc32(block) != sums[number]:
-                wrong = Damage(path, start, start + len(block), "the content has changed since it was built (checksum)")
-                if found and (found[-1].path, found[-1].stop, found[-1].what) == (path, start, wrong.what):
-                    found[-1] = replace(found[-1], stop=wrong.stop)
-                else:
-                    found.append(wrong)
-            yield start, block
-            number += 1
+class _Scan:
+    """Reads files in blocks, on several threads; ``progress`` hears of the bytes of all files so far."""
+
+    def __init__(self, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> None:
+        self._pool, self._progress, self._done = pool, progress, 0
+
+    def __call__(
+        self, path: Path, digits: str | None, code: int, limit: int | None
+    ) -> tuple[list[Damage], list[tuple[int, int]]]:
+        """Changed blocks, neighbours joined; and of each block the first token outside the vocabulary, with its id."""
+        wanted = Checksums.split(digits) if digits is not None else None
+        below = np.iinfo(np.int64).max if limit is None else limit
+        size = path.stat().st_size
+        changed: list[Damage] = []
+        wrong: list[tuple[int, int]] = []
+        with open(path, "rb") as file:
+            firsts = range(0, -(-size // BLOCK_BYTES), _BLOCKS)
+            parts = self._pool.map(
+                lambda first: _index.scan(str(path), file.fileno(), code, below, first, _BLOCKS), firsts
+            )
+            for first, (crcs, at, ids) in zip(firsts, parts, strict=True):
+                for number, crc in enumerate(crcs, first):
+                    if wanted is not None and crc != wanted[number]:
+                        _add_block(changed, path, number * BLOCK_BYTES, min(size, (number + 1) * BLOCK_BYTES))
+                wrong += [(token, found) for token, found in zip(at, ids) if token >= 0]
+                self._progress(self._done + min(size, (first + _BLOCKS) * BLOCK_BYTES))
+        self._done += size
+        return changed, wrong
 
 
-def _index_damage(dataset: IndexedDataset) -> Iterator[Damage]:
-    """The first wrong length, pointer and document index. Pointer 0 and index 0 were checked on opening."""
-    lengths, pointers, indices, size = (
-        dataset.lengths,
-        dataset.pointers,
-        dataset.document_indices,
-        dataset.dtype.itemsize,
-    )
+def _add_block(changed: list[Damage], path: Path, start: int, stop: int) -> None:
+    if changed and changed[-1].stop == start:
+        changed[-1] = replace(changed[-1], stop=stop)
+    else:
+        changed.append(Damage(path, start, stop, _CHANGED))
 
-    def negative_length(a: int, b: int) -> npt.NDArray[np.bool_]:
+
+def _told_with(changed: list[Damage], seen: list[list[Damage]]) -> list[Damage]:
+    """Both, in the order of the file; what was seen inside of changed blocks is told with those.
+
+    What was seen is a list of the places, likeliest first, of which one is wrong.
+    """
+    result = list(changed)
+    for places in seen:
+        inside = [
+            (i, place)
+            for place in places
+            for i, blocks in enumerate(changed)
+            if blocks.start < place.stop and place.start < blocks.stop
+        ]
+        if inside:
+            i, place = inside[0]
+            detail = f"bytes {place.start} to {place.stop - 1}: {place.what}"
+            result[i] = replace(result[i], what=f"{result[i].what}; {detail}")
+        else:
+            result.append(places[0])
+    return sorted(result, key=lambda damage: damage.start)
+
+
+def _index_damage(dataset: IndexedDataset) -> Iterator[list[Damage]]:
+    """Where the first wrong length or pointer may be, and the first wrong index; opening has checked those of 0."""
+    lengths, pointers, indices = dataset.lengths, dataset.pointers, dataset.document_indices
+    size = dataset.dtype.itemsize
+
+    def negative(a: int, b: int) -> npt.NDArray[np.bool_]:
         return lengths[a:b] < 0
 
-    def wrong_pointer(a: int, b: int) -> npt.NDArray[np.bool_]:
-        return pointers[a:b] != pointers[a - 1 : b - 1] + lengths[a - 1 : b - 1].astype(np.int64) * size
+    def apart(a: int, b: int) -> npt.NDArray[np.bool_]:
+        return np.diff(pointers[a - 1 : b]) != lengths[a - 1 : b - 1] * size
 
     def backwards(a: int, b: int) -> npt.NDArray[np.bool_]:
-        return indices[a:b] < indices[a - 1 : b - 1]
+        return np.diff(indices[a - 1 : b]) < 0
 
-    at = HEADER.size
-    for table, first, wrong, what in (
-        (lengths, 0, negative_length, "a negative length of sequence"),
-        (pointers, 1, wrong_pointer, "a pointer that does not follow from the lengths, of sequence"),
-        (indices, 1, backwards, "a document index that runs backwards, of document"),
-    ):
-        number = _first(wrong, first, len(table))
-        if number is not None:
-            start = at + number * table.itemsize
-            yield Damage(dataset.idx_path, start, start + table.itemsize, f"{what} {number}")
-        at += table.nbytes
+    def place(column: Column, number: int, what: str) -> Damage:
+        start = column.offset + number * column.itemsize
+        return Damage(dataset.idx_path, start, start + column.itemsize, what)
+
+    at = _first(negative, 0, len(lengths))
+    if at is not None:  # and so the pointer after it does not fit
+        yield [place(lengths, at, f"negative length of sequence {at}")]
+    elif (at := _first(apart, 1, len(pointers))) is not None:
+        what = f"pointer that does not follow from the lengths, of sequence {at}"
+        before = f"length or pointer that the next pointer does not follow from, of sequence {at - 1}"
+        yield [place(pointers, at, what), place(pointers, at - 1, before), place(lengths, at - 1, before)]
+    if (at := _first(backwards, 1, len(indices))) is not None:
+        what = "document index that runs backwards, of document"
+        yield [place(indices, at, f"{what} {at}"), place(indices, at - 1, f"{what} {at - 1}")]
 
 
 def _first(wrong: Callable[[int, int], npt.NDArray[np.bool_]], start: int, stop: int) -> int | None:
@@ -132,22 +172,13 @@ def _first(wrong: Callable[[int, int], npt.NDArray[np.bool_]], start: int, stop:
     return None
 
 
-def _wrong_id(dataset: IndexedDataset, start: int, block: bytes, vocabulary: int | None) -> Damage | None:
-    """The first id of a block that is outside the vocabulary."""
+def _wrong_id(dataset: IndexedDataset, token: int, found: int, vocabulary: int | None) -> Damage:
     item = dataset.dtype.itemsize
-    ids = np.frombuffer(block, dataset.dtype)
-    limit = np.iinfo(np.int64).max if vocabulary is None else vocabulary - 1
-    if ids.min() >= 0 and ids.max() <= limit:
-        return None
-    number = int(np.flatnonzero((ids < 0) | (ids > limit))[0])
-    at = start + number * item
-    what = f"token {at // item} has id {ids[number]}, outside the vocabulary"
-    return Damage(dataset.bin_path, at, at + item, what + (f" of {vocabulary}" if vocabulary else ""))
+    what = f"token {token} has id {found}, outside the vocabulary" + (f" of {vocabulary}" if vocabulary else "")
+    return Damage(dataset.bin_path, token * item, (token + 1) * item, what)
 
 
 def _with_documents(dataset: IndexedDataset, damage: Damage) -> Damage:
-    if damage.path != dataset.bin_path:
-        return damage
     item = dataset.dtype.itemsize
     first, last = dataset.document_at(damage.start // item), dataset.document_at((damage.stop - 1) // item)
     return replace(damage, documents=(first, last))

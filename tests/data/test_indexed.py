@@ -55,6 +55,29 @@ def test_megatron_reads_our_files_and_would_write_the_same_bytes(tmp_path, megat
 
 
 @pytest.mark.parametrize("name", CODES)
+def test_megatron_reads_every_dtype_that_we_write(tmp_path, megatron, name):
+    documents = random_documents(vocabulary=128)
+    documents[1][0] = 127
+    writer = _index.Writer(str(tmp_path / "d.bin"), str(tmp_path / "d.idx"), CODES[name], 128)
+    writer.append(np.concatenate(documents), np.array([len(document) for document in documents]))
+    writer.finish()
+    for mapped in (True, False):
+        theirs = megatron.IndexedDataset(str(tmp_path / "d"), mmap=mapped)
+        assert theirs.index.dtype is getattr(np, name)
+        assert [theirs[i].tolist() for i in range(len(theirs))] == [document.tolist() for document in documents]
+    assert theirs.document_indices.tolist() == list(range(len(documents) + 1))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_megatrons_files_of_fractions_are_refused(tmp_path, megatron, name):
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "d.bin"), getattr(np, name))
+    builder.add_document(np.array([1.5]), [1])
+    builder.finalize(str(tmp_path / "d.idx"))
+    with pytest.raises(DataError, match=rf"d\.idx: holds {name} values; token ids are whole numbers"):
+        IndexedDataset(tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", CODES)
 def test_we_read_what_megatron_writes(tmp_path, megatron, name):
     documents = random_documents(vocabulary=120)
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "d.bin"), getattr(np, name))
@@ -163,6 +186,24 @@ def test_gather_from_a_file_that_was_cut_after_opening(dataset):
         opened.gather(np.array([0]), 51, VOCABULARY)
 
 
+def test_an_index_that_was_cut_after_opening(dataset):
+    """Read, not mapped: an error, where a mapped file would end the process."""
+    opened = IndexedDataset(dataset)
+    with open(f"{dataset}.idx", "r+b") as file:
+        file.truncate(HEADER.size + 100)
+    for read in (lambda: opened.document(40), lambda: opened.boundaries(0, opened.tokens), lambda: opened.lengths[:]):
+        with pytest.raises(DataError, match=r"d\.idx: ends at byte \d+, earlier than when it was opened"):
+            read()
+
+
+def test_numbers_of_the_index_outlive_their_dataset(dataset):
+    columns = IndexedDataset(dataset)
+    lengths, ids = columns.lengths[:], columns.document(3)
+    del columns
+    assert lengths.tolist() == [len(document) for document in random_documents()]
+    assert ids.tolist() == random_documents()[3].tolist()
+
+
 # Damaged files
 
 
@@ -221,7 +262,7 @@ def test_damaged_index(dataset, offset, data, message):
 def test_damage_in_the_middle_is_found_where_it_is_read(dataset, offset, value):
     patch(dataset.with_suffix(".idx"), offset, struct.pack("<q", value))
     opened = IndexedDataset(dataset)
-    with pytest.raises(DataError, match=r"d\.idx: is damaged at the (index|pointers) of"):
+    with pytest.raises(DataError, match=r"d\.idx: is damaged at the (index|lengths or pointers) of"):
         opened.document(25)
 
 
@@ -249,6 +290,9 @@ def test_index_without_a_document(tmp_path):
             "are not the last ones of the .idx",
         ),
         (lambda side: [side], "Input should be an object"),
+        (lambda side: side | {"checksums": side["checksums"] | {"bin": ""}}, "0 checksums of blocks of 1048576 bytes"),
+        (lambda side: side | {"checksums": side["checksums"] | {"block": 4096}}, "checksums of blocks of 4096 bytes"),
+        (lambda side: side | {"checksums": side["checksums"] | {"idx": "0123456x"}}, "checksums.idx: String should"),
     ],
 )
 def test_wrong_sidecar(dataset, change, message):
@@ -277,6 +321,28 @@ def test_checksums_are_zlibs(tmp_path):
         content = prefix.with_suffix(suffix).read_bytes()
         blocks = [content[i : i + (1 << 20)] for i in range(0, len(content), 1 << 20)]
         assert Checksums.split(digits) == [zlib.crc32(block) for block in blocks]
+
+
+def test_both_checksums_are_zlibs():
+    """At the sizes where the ways of counting change: 16 and 64 bytes."""
+    data = np.random.default_rng(2).bytes(5000)
+    for size in (*range(150), 1023, 4096, 5000):
+        for at in (0, 1, 7):
+            part = data[at : at + size]
+            assert _index.crc32(part) == _index.crc32(part, by_tables=True) == zlib.crc32(part)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_the_writer_takes_both_types_of_ids(tmp_path, dtype):
+    documents = random_documents()
+    write(tmp_path / "a", documents)
+    writer = _index.Writer(str(tmp_path / "b.bin"), str(tmp_path / "b.idx"), 8, VOCABULARY)
+    for document in documents:
+        writer.append(document.astype(dtype), np.array([len(document)]))
+    writer.finish()
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json", "b.bin", "b.idx"]
 
 
 @pytest.mark.parametrize(

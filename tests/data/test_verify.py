@@ -37,10 +37,39 @@ def test_verify_locates_a_changed_byte(large):
 
 def test_verify_locates_a_wrong_id(large):
     patch(large.with_suffix(".bin"), 2_500_000, struct.pack("<H", 60_000))
-    checksum, wrong = sorted(verify(large), key=lambda damage: damage.start)
-    assert (checksum.start, checksum.stop) == (2 << 20, 3 << 20)
-    assert (wrong.start, wrong.stop, wrong.documents) == (2_500_000, 2_500_002, (25, 25))
-    assert "token 1250000 has id 60000, outside the vocabulary of 1000" in wrong.what
+    (found,) = verify(large)
+    assert (found.start, found.stop, found.documents) == (2 << 20, 3 << 20, (20, 31))
+    assert "bytes 2500000 to 2500001: token 1250000 has id 60000, outside the vocabulary of 1000" in found.what
+    large.with_suffix(".json").unlink()
+    (found,) = verify(large, vocabulary=VOCABULARY)
+    assert (found.start, found.stop, found.documents) == (2_500_000, 2_500_002, (25, 25))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.9])
+def test_one_changed_bit_is_one_damage(tmp_path, suffix, share):
+    """Wherever it stands, in one or several blocks: whatever else it makes wrong is told with it."""
+    rng = np.random.default_rng(3)
+    prefix = write(tmp_path / "d", np.split(rng.integers(0, VOCABULARY, 600_000), np.arange(4, 600_000, 4)))
+    path = prefix.with_suffix(suffix)
+    at = int(path.stat().st_size * share)
+    value = path.read_bytes()[at]
+    patch(path, at, bytes([value ^ 64]))
+    (found,) = verify(prefix)
+    assert found.path == path
+    assert found.start <= at < found.stop
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_finds_the_same(tmp_path, threads):
+    """More blocks than a thread takes at a time."""
+    prefix = write(tmp_path / "d", [np.full(500_000, 7)] * 40)
+    for at in (5, (16 << 20) - 1, 16 << 20, 39_999_998):
+        patch(prefix.with_suffix(".bin"), at, b"\x05")
+    seen = []
+    found = verify(prefix, threads=threads, progress=lambda done, total: seen.append(done))
+    assert [(each.start >> 20, each.stop) for each in found] == [(0, 1 << 20), (15, 17 << 20), (38, 40_000_000)]
+    assert seen == sorted(seen)
 
 
 def test_verify_joins_neighbouring_blocks(large):
