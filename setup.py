@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "megapoly/__init__.py").read_text(encoding="utf-8"))
 
+DATA = ["pyarrow>=14", "zstandard>=0.21", "tokenizers>=0.15", "matplotlib>=3.7"]
 DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "matplotlib>=3.7"]
 CONVERT = ["transformers>=4.40"]
 
@@ -36,12 +37,23 @@ setup(
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={
+        # Parquet and .zst input, tokenizers of Hugging Face in reports, pictures.
+        "data": DATA,
         "demo": DEMO,
         "convert": CONVERT,
         "gpu": ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         # The tests also use megatron-core 0.15.3 where it is installed. It asks for numpy < 2, so it is installed
         # without its dependencies: pip install --no-deps megatron-core==0.15.3
-        "dev": [*DEMO, *CONVERT, "safetensors>=0.4", "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+        "dev": [
+            *DATA,
+            *DEMO,
+            *CONVERT,
+            "safetensors>=0.4",
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.10",
+        ],
     },
     entry_points={"console_scripts": ["megapoly = megapoly.cli:main"]},
     ext_modules=[
