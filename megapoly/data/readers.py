@@ -4,8 +4,8 @@ A reader cuts its file into chunks that end where a record does, which costs lit
 a chunk, which is the work and may be done elsewhere. Reading a file is parsing its chunks in order.
 
 JSON is read by orjson. A line that it refuses is read again by Python's own module, so that what is no error there
-(NaN, numbers of any size, half a surrogate pair in a field that nobody asks for) is none here. Of a key that comes twice
-the last counts. Text is UTF-8, to the byte; a byte-order mark at a file's begin is not part of it.
+(NaN, numbers of any size, half a surrogate pair in a field that nobody asks for) is none here. Of a key that comes
+twice the last counts. Text is UTF-8, to the byte; a byte-order mark at a file's begin is not part of it.
 """
 
 from __future__ import annotations
@@ -150,6 +150,10 @@ class Reader:
             raise DataError(f"{path}: cannot be read ({error.strerror}); give {_KNOWN}") from error
         if _format(path) is None:
             raise DataError(f"{path}: is of no known format; expected {_KNOWN}")
+        if not self.size and compression.compression(path):
+            raise DataError(
+                f"{path}: has no bytes, which is no compressed file, not even of nothing; get the file anew"
+            )
 
     def __iter__(self) -> Iterator[Record | BadRecord]:
         for chunk in self.chunks(_CHUNK):
@@ -358,13 +362,14 @@ def _from_json(chunk: Chunk, number: int, line: bytes) -> Record | BadRecord:
         values = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            values = json.loads(line.decode())
+            values = json.loads(line.decode().rstrip())
         except UnicodeDecodeError as error:
             return _not_utf8(chunk, number, error)
         except (ValueError, RecursionError) as error:
             if not line.strip():
                 return _bad(chunk, number, "blank", "is blank; expected one object a line")
-            return _bad(chunk, number, "not JSON", f"is not JSON ({error}); expected one object a line")
+            found = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+            return _bad(chunk, number, "not JSON", f"is not JSON ({found}); expected one object a line")
     if type(values) is not dict:
         what = f"is a JSON {type(values).__name__}; expected one object a line"
         return _bad(chunk, number, "not an object", what)
