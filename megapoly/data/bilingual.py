@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from megapoly.data.files import Record
+from megapoly.data.records import Record
 
 #: {a}, {b} the texts, {A}, {B} the names of their languages in English.
 TEMPLATES = (

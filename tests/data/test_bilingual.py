@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.data.bilingual import LANGUAGES, TEMPLATES, pair_fields, render
-from megapoly.data.files import Record
+from megapoly.data.records import Record
 from megapoly.errors import DataError
 
 
