@@ -79,6 +79,8 @@ void bind_files(py::module_& module) {
              py::arg("idx_path"), py::arg("code"), py::arg("vocabulary"))
         .def("append", &append_documents<std::int32_t>, py::arg("ids").noconvert(), py::arg("lengths"))
         .def("append", &append_documents<std::int64_t>, py::arg("ids"), py::arg("lengths"))
+        .def_property_readonly("documents", &Writer::documents)
+        .def_property_readonly("tokens", &Writer::tokens)
         .def("finish", &finish);
 
     module.def("scan", &scan_blocks, py::arg("path"), py::arg("descriptor"), py::arg("code"), py::arg("vocabulary"),

@@ -33,6 +33,11 @@ public:
     void piece(const unsigned char* bytes, std::size_t size) override;
     void end() override;
 
+    std::int64_t documents() const noexcept { return documents_; }
+    std::int64_t tokens() const noexcept { return tokens_; }
+    int code() const noexcept { return code_; }
+    const std::string& path() const noexcept { return bin_.path(); }
+
     // Writes the index and brings both files to the disk. The writer is of no use afterwards.
     Written finish();
 

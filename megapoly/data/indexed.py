@@ -114,9 +114,10 @@ class IndexedDataset:
         self._header = self._read_header()
         self._check_ends()
         self.documents = len(self.document_indices) - 1
+        padding = -1 if self.sidecar is None or self.sidecar.padding is None else self.sidecar.padding.id
         self.reader = _index.Dataset(
             str(self.bin_path), self._descriptor, self._code, self.tokens,
-            str(self.idx_path), self._index, len(self.pointers), self.documents,
+            str(self.idx_path), self._index, len(self.pointers), self.documents, padding,
         )  # fmt: skip
         self.pack = 0 if self.sidecar is None else self.sidecar.pack
         self.train_documents, self.train_tokens = self.documents, self.tokens
