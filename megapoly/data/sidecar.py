@@ -55,7 +55,8 @@ class Sidecar(_Frozen):
     """PREFIX.json. ``documents``, ``tokens`` and ``bytes`` (of UTF-8 text) count the held-out ones too.
 
     Tokens include the one that ends every document, bytes do not. With ``pack`` the .bin is a row of packs of so many
-    tokens; 0 is a stream.
+    tokens; 0 is a stream. ``templates`` are those that pairs were written with (:mod:`megapoly.data.bilingual`), each
+    as often as its weight; none for other text.
     """
 
     format: Literal["megapoly-indexed"] = "megapoly-indexed"
@@ -66,6 +67,7 @@ class Sidecar(_Frozen):
     tokens: Count
     bytes: Count
     pack: Count = 0
+    templates: tuple[str, ...] = ()
     validation: Validation
     checksums: Checksums
     tool: str
