@@ -77,7 +77,8 @@ class Sidecar(_Frozen):
 
     Tokens include the one that ends every document, bytes do not. With ``pack`` the .bin is a row of packs of so many
     tokens, and documents and tokens count their padding; 0 is a stream. Where duplicates were removed, the bytes of
-    text that are left are reckoned by the share of their tokens.
+    text that are left are reckoned by the share of their tokens. ``templates`` are those that pairs were written with
+    (:mod:`megapoly.data.bilingual`), each as often as its weight; none for other text.
     """
 
     format: Literal["megapoly-indexed"] = "megapoly-indexed"
@@ -90,6 +91,7 @@ class Sidecar(_Frozen):
     pack: Count = 0
     padding: Padding | None = None
     duplicates: Duplicates = Duplicates()
+    templates: tuple[str, ...] = ()
     validation: Validation
     checksums: Checksums
     tool: str
