@@ -24,7 +24,7 @@ from string import Formatter
 from typing import Any
 
 from megapoly.config_file import read_toml
-from megapoly.data.files import Record
+from megapoly.data.records import Record
 from megapoly.errors import ConfigError
 
 #: {a}, {b} the texts, {A}, {B} the names of their languages in English.

@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 import megapoly
 from megapoly.data import _index, bilingual
-from megapoly.data.files import JsonLines, Record
 from megapoly.data.indexed import dtype_code
 from megapoly.data.naming import NewDataset, new_dataset
+from megapoly.data.readers import BadRecord, Reader, Record, open_reader
 from megapoly.data.sidecar import Checksums, Sidecar, TokenizerMark, Validation
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import ConfigError, DataError
@@ -131,7 +131,7 @@ def _write(
     progress: Callable[[Progress], None],
 ) -> Sidecar:
     """Write the .bin and the .idx under their temporary names; what the sidecar will say."""
-    files = [JsonLines(path) for path in inputs]
+    files = [open_reader(path) for path in inputs]
     writer = _index.Writer(new.bin, new.idx, dtype_code(tokenizer.vocabulary), tokenizer.vocabulary)
     trained, held_back = _Tally(), _Tally()
     folder = new.prefix.parent
@@ -173,7 +173,7 @@ def _no_document(inputs: Sequence[Path], language: str, held: int, options: Opti
 
 
 def _encoded(
-    files: Sequence[JsonLines], tokenizer: Tokenizer, options: Options
+    files: Sequence[Reader], tokenizer: Tokenizer, options: Options
 ) -> Iterator[tuple[list[_Document], tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]]:
     """Batches with their ids and lengths, ends included; the next batch is read while one is encoded."""
 
@@ -199,10 +199,12 @@ def _with_ends(
     return np.insert(ids, np.cumsum(lengths), eod), lengths + 1
 
 
-def _batches(files: Sequence[JsonLines], options: Options) -> Iterator[list[_Document]]:
+def _batches(files: Sequence[Reader], options: Options) -> Iterator[list[_Document]]:
     batch: list[_Document] = []
     held = 0
     for record in (record for file in files for record in file):
+        if isinstance(record, BadRecord):
+            raise record
         batch.append(_document(record, options))
         held += batch[-1].bytes
         if held >= _BATCH_BYTES:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megapoly.data.files import JsonLines
+from megapoly.data.readers import BadRecords, read_texts
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 
@@ -61,8 +61,8 @@ def report(
 def _batches(paths: Sequence[Path], field: str, characters: int = 1 << 20) -> Iterator[list[str]]:
     batch: list[str] = []
     held = 0
-    for record in (record for path in paths for record in JsonLines(path)):
-        batch.append(record.text(field))
+    for text in read_texts(paths, field, BadRecords()):
+        batch.append(text)
         held += len(batch[-1])
         if held >= characters:
             yield batch

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapoly.data.bilingual import LANGUAGES, TEMPLATES, load_templates, pair_fields, render
-from megapoly.data.files import Record
+from megapoly.data.records import Record
 from megapoly.errors import ConfigError, DataError
 
 

@@ -131,15 +131,11 @@ def test_rates_follow_the_exponent(alpha, budget):
         assert seen[name] / seen["en"] == pytest.approx((sizes[name] / sizes["en"]) ** alpha)
 
 
-def test_lines_are_drawn_at_their_rates(tmp_path):
+def test_lines_are_drawn_at_their_rates():
     """2000 lines of one language at 0.4 and of another at 2.5: copies of a line are the rate rounded down or up."""
-    files = {}
-    for language in ("aa", "bb"):
-        files[language] = [tmp_path / f"{language}.jsonl"]
-        text = "\n".join(f"{language} {i}" for i in range(2000))
-        files[language][0].write_text(json.dumps({"text": text}))
-    drawn = list(module._sentences(files, {"aa": 0.4, "bb": 2.5}, "text"))
-    copies = {language: [drawn.count(f"{language} {i}") for i in range(2000)] for language in files}
+    texts = {language: ["\n".join(f"{language} {i}" for i in range(2000))] for language in ("aa", "bb")}
+    drawn = list(module._sentences(texts, {"aa": 0.4, "bb": 2.5}))
+    copies = {language: [drawn.count(f"{language} {i}") for i in range(2000)] for language in texts}
     assert set(copies["aa"]) == {0, 1}
     assert set(copies["bb"]) == {2, 3}
     # Within five standard deviations of a binomial count.
@@ -147,10 +143,8 @@ def test_lines_are_drawn_at_their_rates(tmp_path):
     assert sum(copies["bb"]) == pytest.approx(5000, abs=112)
 
 
-def test_long_lines_are_cut_and_not_left_out(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({"text": "ข้อมูล" * 1000}))
-    drawn = list(module._sentences({"th": [path]}, {"th": 1.0}, "text"))
+def test_long_lines_are_cut_and_not_left_out():
+    drawn = list(module._sentences({"th": ["ข้อมูล" * 1000]}, {"th": 1.0}))
     assert "".join(drawn) == "ข้อมูล" * 1000
     assert max(map(len, drawn)) == 1000
 
