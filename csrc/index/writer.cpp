@@ -75,6 +75,28 @@ void Writer::append(const Id* ids, std::int64_t count, const std::int64_t* lengt
 template void Writer::append(const std::int32_t*, std::int64_t, const std::int64_t*, std::int64_t);
 template void Writer::append(const std::int64_t*, std::int64_t, const std::int64_t*, std::int64_t);
 
+void Writer::begin(std::int64_t tokens) {
+    if (tokens < 1 || tokens > std::numeric_limits<std::int32_t>::max())
+        throw DataError(bin_.path() + ": document " + std::to_string(documents_) + " has " + std::to_string(tokens) +
+                        " tokens; expected 1 to 2147483647");
+    const auto length = static_cast<std::int32_t>(tokens);
+    lengths_.append(&length, sizeof(length));
+    missing_ += tokens * item_size_;
+    ++documents_;
+    tokens_ += tokens;
+}
+
+void Writer::piece(const unsigned char* bytes, std::size_t size) {
+    bin_.write(bytes, size);
+    missing_ -= static_cast<std::int64_t>(size);
+}
+
+void Writer::end() {
+    if (missing_ != 0)
+        throw DataError(bin_.path() + ": document " + std::to_string(documents_ - 1) + " ends " +
+                        std::to_string(missing_) + " bytes before its length");
+}
+
 Written Writer::finish() {
     bin_.finish();
     idx_.write(kMagic, sizeof(kMagic));
