@@ -45,6 +45,8 @@ WITHOUT_TORCH = (
     "optim.layout",
     "optim.scaler",
     "data.plan",
+    "data.plan_document",
+    "data.segments",
     "models.cost",
     "plan.activations",
     "plan.memory",
