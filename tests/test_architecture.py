@@ -59,6 +59,7 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
     {
         ("megapoly/charts/figure.py", "matplotlib"),
         ("megapoly/data/compression.py", "zstandard"),
+        ("megapoly/data/huggingface.py", "tokenizers"),
         ("megapoly/data/parquet.py", "pyarrow"),
     }
 )
