@@ -39,12 +39,14 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._model = sentencepiece.SentencePieceProcessor()
         try:
+            fast = _index.BpeEncoder(model)  # first: it looks where the library trusts
             self._model.LoadFromSerializedProto(model)
-            fast = _index.BpeEncoder(model)
             first = self._model.encode(b"a")[:1]
             adds_space = bool(first) and str(self._model.id_to_piece(first[0])).startswith(SPACE)
         except (RuntimeError, UnicodeDecodeError, DataError) as error:
-            raise DataError(f"{path}: is not a SentencePiece model; give one that SentencePiece has trained") from error
+            raise DataError(
+                f"{path}: is not a SentencePiece model ({error}); give one that SentencePiece has trained"
+            ) from error
         self._fast = None if fast.refusal else fast
         self.encoder = f"sentencepiece ({fast.refusal})" if fast.refusal else "megapoly"
         self.vocabulary = int(self._model.vocab_size())
