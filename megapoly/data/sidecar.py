@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -12,6 +14,9 @@ from megapoly.errors import DataError
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 Digits = Annotated[str, pydantic.Field(pattern="^([0-9a-f]{8})*$")]
+
+# How the text of a sidecar ends, which has no checksum elsewhere.
+_END = re.compile(rb'(.*),\n "crc32": "([0-9a-f]{8})"\n\}\n', re.DOTALL)
 
 
 class _Frozen(pydantic.BaseModel):
@@ -117,5 +122,21 @@ class Sidecar(_Frozen):
                 " build the dataset again"
             ) from error
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_crc(cls, content: Any) -> Any:
+        """The checksum is of the file, not of what it tells: one that a person has changed can be read."""
+        return {key: value for key, value in content.items() if key != "crc32"} if type(content) is dict else content
+
     def text(self) -> str:
-        return self.model_dump_json(indent=1) + "\n"
+        """What is written: JSON, of which the last line is the CRC-32 of all before it, closed by a brace."""
+        body = self.model_dump_json(indent=1)
+        return f'{body[:-2]},\n "crc32": "{zlib.crc32(body.encode()):08x}"\n}}\n'
+
+
+def has_changed(content: bytes) -> bool:
+    """Whether a file is not as :meth:`Sidecar.text` wrote it; of one that never had a checksum that is not known."""
+    found = _END.fullmatch(content)
+    if found is None:
+        return b'"crc32"' in content
+    return zlib.crc32(found[1] + b"\n}") != int(found[2], 16)
