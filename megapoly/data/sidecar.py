@@ -12,7 +12,7 @@ import pydantic
 
 from megapoly.errors import DataError
 
-Count = Annotated[int, pydantic.Field(ge=0)]
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 Digits = Annotated[str, pydantic.Field(pattern="^([0-9a-f]{8})*$")]
 
 # How the text of a sidecar ends, which has no checksum elsewhere.
@@ -27,7 +27,7 @@ class TokenizerMark(_Frozen):
     """The tokenizer that wrote a dataset."""
 
     sha256: str
-    vocabulary: int
+    vocabulary: Annotated[int, pydantic.Field(ge=0, le=2**31)]
 
 
 class Validation(_Frozen):
@@ -134,8 +134,16 @@ class Sidecar(_Frozen):
         return f'{body[:-2]},\n "crc32": "{zlib.crc32(body.encode()):08x}"\n}}\n'
 
 
-def has_changed(content: bytes) -> bool:
-    """Whether a file is not as :meth:`Sidecar.text` wrote it; of one that never had a checksum that is not known."""
+def has_changed(path: Path) -> bool:
+    """Whether a sidecar is not as :meth:`Sidecar.text` wrote it; of one that never had a checksum that is not known.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more ({error.strerror}); try again") from error
     found = _END.fullmatch(content)
     if found is None:
         return b'"crc32"' in content

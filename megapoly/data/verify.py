@@ -152,12 +152,10 @@ def _told_with(changed: list[Damage], seen: list[list[Damage]]) -> list[Damage]:
 
 
 def _sidecar_damage(dataset: IndexedDataset) -> list[Damage]:
-    if dataset.sidecar is None:
-        return []
     path = part(dataset.prefix, ".json")
-    with _opened(path) as file:
-        content = file.read()
-    return [Damage(path, 0, len(content), _CHANGED)] if has_changed(content) else []
+    if dataset.sidecar is None or not has_changed(path):
+        return []
+    return [Damage(path, 0, path.stat().st_size, _CHANGED)]
 
 
 def _index_damage(dataset: IndexedDataset) -> Iterator[list[Damage]]:

@@ -22,6 +22,7 @@ from megapoly.data import _index
 from megapoly.data.builder import Options, build
 from megapoly.data.indexed import DTYPES, HEADER, IndexedDataset
 from megapoly.data.loader import Loader, open_datasets
+from megapoly.data.merge import merge
 from megapoly.data.plan import Plan, plan_from_config
 from megapoly.data.segments import Source
 from megapoly.data.tokenizer import Tokenizer, check_matches
@@ -100,6 +101,25 @@ def test_a_pointer_that_is_wrong_between_right_ones(tmp_path, number, pointer):
     np.testing.assert_array_equal(opened.document(number + 1), documents[number + 1])
     (found,) = verify(prefix)
     assert f"pointer that does not follow from the lengths, of sequence {number}" in str(found)
+
+
+def test_a_sidecar_that_has_been_changed(dataset, tmp_path):
+    """A vocabulary that cannot be is refused at once; that the language is another one, verify and a merge see."""
+    path = dataset.with_suffix(".json")
+    text = path.read_text()
+    for vocabulary, message in (
+        (10**30, "tokenizer.vocabulary: Input should be less than or equal to 2147483648"),
+        (70_000, "tells of a vocabulary of 70000, and ids of the .idx's type uint16 are at most 65535"),
+    ):
+        path.write_text(text.replace('"vocabulary": 1000', f'"vocabulary": {vocabulary}'))
+        with pytest.raises(DataError, match=rf"d\.json.*{message}.*build the dataset again"):
+            IndexedDataset(dataset)
+    path.write_text(text.replace('"xx"', '"yy"'))
+    assert IndexedDataset(dataset).sidecar.language == "yy"
+    assert [found.path for found in verify(dataset)] == [path]
+    with pytest.raises(DataError, match=r"d\.json: the content has changed since it was built \(checksum\)"):
+        merge([dataset], tmp_path / "m")
+    assert not list(tmp_path.glob("m*"))
 
 
 def test_files_that_hold_nothing(tmp_path):
