@@ -196,6 +196,7 @@ std::string why_not(const BpeModel& model) {
         const auto shown = [&] { return "its piece '" + piece.text + "' "; };
         const std::size_t characters = characters_in(piece.text);
         if (characters == 0 || !std::isfinite(piece.score)) return shown() + "is empty or has no score";
+        if (piece.text.find('\0') != std::string::npos) return "a piece holds a zero byte";  // which ends it in the library
         if (piece.type == PieceType::kUserDefined) return shown() + "is a user-defined symbol";
         if (piece.type == PieceType::kUnused) return shown() + "is marked unused";
         if (piece.type == PieceType::kByte) {
