@@ -9,18 +9,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from megapoly.data.permutation import derive_key, permute
+from megapoly.data import _index
+from megapoly.data.permutation import derive_key
 from megapoly.errors import DataError
 
 BLOCK = 1 << 16
 LIMIT = 1 << 62
 
-Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 Stage = tuple[str, int, Mapping[str, float]]
 
@@ -57,28 +56,13 @@ class Segment:
         return self.first_sample + self.samples
 
 
-@lru_cache(maxsize=4)
-def slots_of(seed: int, origin: int, block: int, quotas: tuple[int, ...]) -> tuple[Int32s, Int32s]:
-    """For every slot of the block whose first sample is ``origin``: its source, and how many earlier slots share it.
-
-    At most half a megabyte; a few are kept, since neighbouring samples share a block.
-    """
-    place = permute(derive_key(seed, "block", origin), np.arange(block), block)
-    bounds = np.cumsum(quotas)
-    source = np.searchsorted(bounds, place, side="right").astype(np.int32)
-    order = np.argsort(source, kind="stable")
-    rank = np.empty(block, np.int32)
-    rank[order] = np.arange(block) - np.repeat(bounds - quotas, quotas)
-    return source, rank
-
-
 def counts_in(seed: int, segment: Segment, samples: int) -> Int64s:
     """Samples of every source before the plan reaches ``samples`` samples into ``segment``."""
     number, rest = divmod(samples, segment.block)
     counts = np.array(segment.starts, np.int64) + number * np.array(segment.quotas, np.int64)
     if rest:
-        source, _ = slots_of(seed, segment.first_sample + number * segment.block, segment.block, segment.quotas)
-        counts += np.bincount(source[:rest], minlength=counts.size)
+        key = derive_key(seed, "block", segment.first_sample + number * segment.block)
+        counts += _index.counts_in_block(key, segment.quotas, segment.block, rest)
     return counts
 
 
@@ -141,7 +125,7 @@ def check_segments(sequence: int, sources: Sequence[Source], segments: Sequence[
     end = skipped = 0
     for i, segment in enumerate(segments):
         where, quotas, starts = f"plan: segment {i} ({segment.stage})", segment.quotas, segment.starts
-        if segment.first_sample != end or segment.samples < 1 or segment.end > LIMIT:
+        if segment.first_sample != end or segment.samples < 1 or segment.end + segment.skipped > LIMIT:
             raise DataError(f"{where}: starts at sample {segment.first_sample} with {segment.samples}; expected {end}")
         if not len(quotas) == len(starts) == len(names) or min(*quotas, *starts) < 0:
             raise DataError(f"{where}: expected a quota and a start of at least 0 for each of {len(names)} sources")
