@@ -1,8 +1,9 @@
 """The data plan: which window of which source every sample is, as a closed formula. No torch.
 
 A *source* is one indexed dataset. Its training part is cut into *windows* of ``sequence`` tokens (plus one, the last
-label); one pass over all of them is an *epoch*. A *sample* is one row of a global batch, numbered from 0 over the whole
-run. A plan is a list of *segments* of constant weights, and a batch is a pure function of (plan, sample number):
+label), or is a row of packs of ``sequence`` tokens; one pass over all of them is an *epoch*. A *sample* is one row of a
+global batch, numbered from 0 over the whole run. A plan is a list of *segments* of constant weights, and a batch is a
+pure function of (plan, sample number):
 
     sample -> segment -> block of the segment -> slot of the block, through a keyed permutation -> source
            -> count: how many samples the source had before = start + block number * quota + rank inside the block
@@ -56,6 +57,9 @@ class Dataset(Protocol):
 
     @property
     def train_tokens(self) -> int: ...
+
+    @property
+    def pack(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ class Plan:
     @cached_property
     def windows(self) -> Int64s:
         """Windows of an epoch, by source."""
-        return np.array([max(0, source.tokens - 1) // self.sequence for source in self.sources], dtype=np.int64)
+        return np.array([source.windows(self.sequence) for source in self.sources], dtype=np.int64)
 
     @cached_property
     def _firsts(self) -> list[int]:
@@ -230,8 +234,8 @@ def plan_from_config(config: Config, datasets: Mapping[str, Dataset]) -> Plan:
         DataError: as :meth:`Plan.build`.
     """
     sources = [
-        Source(name, config.data.sources[name].language, datasets[name].identity, datasets[name].train_tokens)
-        for name in sorted(config.data.sources)
+        Source(name, config.data.sources[name].language, found.identity, found.train_tokens, found.pack)
+        for name, found in sorted((name, datasets[name]) for name in config.data.sources)
     ]
     sequence = config.train.sequence
     stages = [(stage.name, stage.tokens // sequence, stage.weights) for stage in config.data.stages]

@@ -18,53 +18,39 @@ Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
 
-    @cached_property
-    def _table(self) -> tuple[Int64s, Int64s, Int64s, Int64s]:
-        """By segment: first samples [g], blocks [g], quotas [g, sources], starts [g, sources]."""
-        columns = zip(*((s.first_sample, s.block, s.quotas, s.starts) for s in self.segments), strict=True)
-        first, block, quotas, starts = (np.array(column, dtype=np.int64) for column in columns)
-        return first, block, quotas, starts
+def locate(plan: Plan, samples: Int64s) -> Located:
+    """What :meth:`Plan.locate` returns for ``samples`` [n] of the plan."""
+    samples = np.asarray(samples, dtype=np.int64)
+    columns = zip(*((s.first_sample, s.block, s.quotas, s.starts) for s in plan.segments), strict=True)
+    first, block, quotas, starts = (np.array(column, dtype=np.int64) for column in columns)
+    segment = np.searchsorted(first, samples, side="right") - 1
+    offset = samples - first[segment]
+    number, slot = offset // block[segment], offset % block[segment]
+    source, rank = np.empty(samples.shape, np.int32), np.empty(samples.shape, np.int64)
+    for origin, rows in _groups(samples - slot):
+        inside = plan.segments[segment[rows[0]]]
+        by_slot, rank_by_slot = slots_of(plan.seed, origin, inside.block, inside.quotas)
+        source[rows], rank[rows] = by_slot[slot[rows]], rank_by_slot[slot[rows]]
+    count = starts[segment, source] + number * quotas[segment, source] + rank
+    windows = plan.windows[source]
+    epoch = count // windows
+    pairs, pair = np.unique(np.stack([source, epoch]), axis=1, return_inverse=True)
+    keys = [derive_key(plan.seed, "epoch", plan.sources[s].name, e) for s, e in pairs.T.tolist()]
+    window = permute(np.array(keys, np.uint64)[pair.reshape(-1)], count % windows, windows)
+    return Located(source, window, epoch, count)
 
-    def locate(self, samples: Int64s) -> Located:
-        """Where ``samples`` [n] (any order; cheapest where they lie in few blocks) come from.
 
-        Raises:
-            DataError: a sample outside the plan.
-        """
-        samples = np.asarray(samples, dtype=np.int64)
-        if samples.size and not 0 <= samples.min() <= samples.max() < self.total_samples:
-            raise DataError(
-                f"plan: samples {samples.min()} to {samples.max()} were asked for, but it ends after"
-                f" {self.total_samples} samples; train for fewer tokens or add a stage"
-            )
-        first, block, quotas, starts = self._table
-        segment = np.searchsorted(first, samples, side="right") - 1
-        offset = samples - first[segment]
-        number, slot = offset // block[segment], offset % block[segment]
-        source, rank = np.empty(samples.shape, np.int32), np.empty(samples.shape, np.int64)
-        for origin, rows in _groups(samples - slot):
-            inside = self.segments[segment[rows[0]]]
-            by_slot, rank_by_slot = slots_of(self.seed, origin, inside.block, inside.quotas)
-            source[rows], rank[rows] = by_slot[slot[rows]], rank_by_slot[slot[rows]]
-        count = starts[segment, source] + number * quotas[segment, source] + rank
-        windows = self.windows[source]
-        epoch = count // windows
-        pairs, pair = np.unique(np.stack([source, epoch]), axis=1, return_inverse=True)
-        keys = [derive_key(self.seed, "epoch", self.sources[s].name, e) for s, e in pairs.T.tolist()]
-        window = permute(np.array(keys, np.uint64)[pair.reshape(-1)], count % windows, windows)
-        return Located(source, window, epoch, count)
+def counts_in(seed: int, segment: Segment, samples: int) -> Int64s:
+    """What :func:`megapoly.data.segments.counts_in` returns."""
+    number, rest = divmod(samples, segment.block)
+    counts = np.array(segment.starts, np.int64) + number * np.array(segment.quotas, np.int64)
+    source, _ = slots_of(seed, segment.first_sample + number * segment.block, segment.block, segment.quotas)
+    return counts + np.bincount(source[:rest], minlength=counts.size)
 
-def _groups(values: Int64s) -> list[tuple[int, Int64s]]:
-    """Distinct values, each with the places where it stands."""
-    order = np.argsort(values, kind="stable")
-    cuts = np.flatnonzero(np.diff(values[order])) + 1
-    return [(int(values[rows[0]]), rows) for rows in np.split(order, cuts) if rows.size]
+
 @lru_cache(maxsize=4)
 def slots_of(seed: int, origin: int, block: int, quotas: tuple[int, ...]) -> tuple[Int32s, Int32s]:
-    """For every slot of the block whose first sample is ``origin``: its source, and how many earlier slots share it.
-
-    At most half a megabyte; a few are kept, since neighbouring samples share a block.
-    """
+    """For every slot of the block whose first sample is ``origin``: its source, and how many earlier slots share it."""
     place = permute(derive_key(seed, "block", origin), np.arange(block), block)
     bounds = np.cumsum(quotas)
     source = np.searchsorted(bounds, place, side="right").astype(np.int32)
@@ -74,3 +60,8 @@ def slots_of(seed: int, origin: int, block: int, quotas: tuple[int, ...]) -> tup
     return source, rank
 
 
+def _groups(values: Int64s) -> list[tuple[int, Int64s]]:
+    """Distinct values, each with the places where it stands."""
+    order = np.argsort(values, kind="stable")
+    cuts = np.flatnonzero(np.diff(values[order])) + 1
+    return [(int(values[rows[0]]), rows) for rows in np.split(order, cuts) if rows.size]

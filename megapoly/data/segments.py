@@ -20,18 +20,27 @@ from megapoly.errors import DataError
 BLOCK = 1 << 16
 LIMIT = 1 << 62
 
+Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 Stage = tuple[str, int, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of a plan: ``tokens`` of its training part, and the ``identity`` of its content."""
+    """One dataset of a plan: ``tokens`` of its training part, and the ``identity`` of its content.
+
+    ``pack`` is the length of its packs, 0 for a stream.
+    """
 
     name: str
     language: str
     identity: str
     tokens: int
+    pack: int = 0
+
+    def windows(self, sequence: int) -> int:
+        """Of an epoch. A window of a stream has one token more, its last label; a pack ends with its last token."""
+        return (self.tokens if self.pack else max(0, self.tokens - 1)) // sequence
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ def quotas_of(
     if not 1 <= samples <= LIMIT:
         raise DataError(f"stage {name!r}: {samples} samples; expected 1 to 2^62")
     for source in sources:
-        if weights.get(source.name, 0) > 0 and source.tokens <= sequence:
+        if weights.get(source.name, 0) > 0 and not source.windows(sequence):
             raise DataError(
                 f"stage {name!r}: source {source.name!r} has a weight of {weights[source.name]:g} but no whole window:"
                 f" {source.tokens} training tokens, and a window needs {sequence} + 1; add text, shorten train.sequence"
@@ -119,9 +128,9 @@ def check_segments(sequence: int, sources: Sequence[Source], segments: Sequence[
     names = [source.name for source in sources]
     if not names or len(set(names)) < len(names) or not segments:
         raise DataError(f"plan: expected distinct sources and at least one stage; found {names}, {segments}")
-    sizes = [sequence, *(source.tokens + 1 for source in sources)]
+    sizes = [sequence, *(source.tokens + 1 for source in sources), *(source.pack + 1 for source in sources)]
     if min(sizes) < 1 or max(sizes) > LIMIT:
-        raise DataError(f"plan: expected a sequence of at least 1 and tokens of at least 0; found {sizes}")
+        raise DataError(f"plan: expected a sequence of at least 1, tokens and packs of at least 0; found {sizes}")
     end = skipped = 0
     for i, segment in enumerate(segments):
         where, quotas, starts = f"plan: segment {i} ({segment.stage})", segment.quotas, segment.starts
@@ -137,7 +146,7 @@ def check_segments(sequence: int, sources: Sequence[Source], segments: Sequence[
                 f"{where}: block {segment.block}, sum of quotas {sum(quotas)}, sum of starts {sum(starts)}; expected a"
                 f" block of at most {BLOCK}, the same, and {end} samples before it + {skipped} skipped"
             )
-        empty = [s.name for s, quota in zip(sources, quotas, strict=True) if quota and s.tokens <= sequence]
+        empty = [s.name for s, quota in zip(sources, quotas, strict=True) if quota and not s.windows(sequence)]
         if empty:
             raise DataError(f"{where}: sources {empty} are used but have no window of {sequence} + 1 tokens")
         end = segment.end
