@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megapoly.cli.common import JsonFile, make_table, write_rows
+from megapoly.cli.common import JsonFile, make_table, print_whole, write_rows
 
 
 def data_plan(
@@ -54,7 +54,7 @@ def data_plan(
         table = make_table(*heads)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
+        print_whole(table)
     console.print(
         f"{plan.total_samples:,} samples of {plan.sequence:,} tokens, {curriculum.short(sum(found.totals))} in all, in"
         f" {loaded.total_steps:,} steps; {len(plan.segments)} segments of constant weights"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from megapoly.data.plan import Plan
 from megapoly.data.segments import counts_in
 from megapoly.mixture import non_english_part
+
+_STEP = 1024  # samples of a step of the picture
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,25 @@ def _join(language: str, uses: Sequence[Use]) -> Use:
 
 
 def shares_over_time(plan: Plan) -> tuple[list[int], dict[str, list[float]]]:
-    """Tokens where every segment begins, the end at last; and the share of every language in every segment."""
-    begins = [segment.first_sample * plan.sequence for segment in plan.segments]
-    shares: dict[str, list[float]] = {}
-    for segment_number, segment in enumerate(plan.segments):
+    """Steps for a picture: the tokens where each begins, the end at last, and the share of every language in each.
+
+    A step is a segment, or several short ones in a row, whose whole numbers alone would not show a share.
+    """
+    begins: list[int] = []
+    length = 0
+    rows: dict[str, list[float]] = {source.language: [] for source in plan.sources}
+    for i, segment in enumerate(plan.segments):
+        if not i or length >= _STEP or segment.stage != plan.segments[i - 1].stage:
+            begins.append(segment.first_sample * plan.sequence)
+            length = 0
+            for row in rows.values():
+                row.append(0.0)
+        length += segment.samples
         for source, quota in zip(plan.sources, segment.quotas, strict=True):
-            row = shares.setdefault(source.language, [0.0] * len(plan.segments))
-            row[segment_number] += quota / segment.block
-    return [*begins, plan.total_samples * plan.sequence], shares
+            rows[source.language][-1] += segment.samples * quota / segment.block
+    edges = [*begins, plan.total_samples * plan.sequence]
+    sizes = [(end - begin) / plan.sequence for begin, end in pairwise(edges)]
+    return edges, {name: [n / size for n, size in zip(row, sizes, strict=True)] for name, row in rows.items()}
 
 
 def cells(found: Outlook, by: str, caps: Mapping[str, float | None]) -> tuple[list[str], list[list[str]]]:
