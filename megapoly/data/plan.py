@@ -23,15 +23,17 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 
 from megapoly.config import Config
 from megapoly.data import _index
+from megapoly.data.curriculum import stages_of
 from megapoly.data.permutation import key_text
 from megapoly.data.plan_document import checked
 from megapoly.data.segments import (
@@ -44,7 +46,7 @@ from megapoly.data.segments import (
     compile_segments,
     counts_in,
 )
-from megapoly.errors import DataError
+from megapoly.errors import ConfigError, DataError
 
 VERSION = 1
 
@@ -115,6 +117,12 @@ class Plan:
             raise DataError(f"plan: cannot go on from sample {at_sample}; it has samples 0 to {self.total_samples}")
         rest = compile_segments(stages, self.sources, self.sequence, self.seed, at_sample, self.counts_at(at_sample))
         return replace(self, segments=(*self._before(at_sample), *rest))
+
+    def joined(self, sources: Sequence[Source]) -> Plan:
+        """This plan with more sources, of which nothing was trained so far."""
+        none = (0,) * len(sources)
+        segments = (replace(each, quotas=each.quotas + none, starts=each.starts + none) for each in self.segments)
+        return replace(self, sources=(*self.sources, *sources), segments=tuple(segments))
 
     def skipping(self, at_sample: int, samples: int) -> Plan:
         """This plan up to ``at_sample``, then its rest with other data: as if ``samples`` had gone by already.
@@ -199,9 +207,15 @@ class Plan:
 
     def stage_bounds(self, sample: int) -> tuple[int, int]:
         """First sample of the stage that holds ``sample``, and the one after its last; it may have several segments."""
-        name = self.stage_at(sample).stage
-        inside = [segment for segment in self.segments if segment.stage == name]
-        return inside[0].first_sample, inside[-1].end
+        return next((first, end) for _, first, end in self.stages() if first <= sample < end)
+
+    def stages(self) -> list[tuple[str, int, int]]:
+        """Every stage in order: name, first sample, and the one after its last. An edit may bring a name back."""
+        found = []
+        for name, group in groupby(self.segments, key=lambda segment: segment.stage):
+            inside = list(group)
+            found.append((name, inside[0].first_sample, inside[-1].end))
+        return found
 
     def epochs(self) -> dict[str, float]:
         """Passes over every source in the whole plan, skipped ones too, by name; 0 where a source is not used."""
@@ -232,14 +246,37 @@ def plan_from_config(config: Config, datasets: Mapping[str, Dataset]) -> Plan:
 
     Raises:
         DataError: as :meth:`Plan.build`.
+        ConfigError: a cap on epochs that does not hold.
     """
-    sources = [
-        Source(name, config.data.sources[name].language, found.identity, found.train_tokens, found.pack)
-        for name, found in sorted((name, datasets[name]) for name in config.data.sources)
-    ]
-    sequence = config.train.sequence
-    stages = [(stage.name, stage.tokens // sequence, stage.weights) for stage in config.data.stages]
-    return Plan.build(stages, sources, sequence, config.train.seed)
+    sources = _sources(config, datasets, config.data.sources)
+    return Plan.build(stages_of(config, sources), sources, config.train.sequence, config.train.seed)
+
+
+def edited_plan(plan: Plan, at_sample: int, config: Config, datasets: Mapping[str, Dataset]) -> Plan:
+    """``plan`` up to ``at_sample``, then what is left of the stages of ``config``, which may have further sources.
+
+    Every source goes on where it stood: nothing is repeated or lost.
+
+    Raises:
+        DataError: as :meth:`Plan.extended`.
+        ConfigError: stages that end before ``at_sample``, or a cap on epochs that does not hold.
+    """
+    known = {source.name for source in plan.sources}
+    for source in plan.sources:
+        given = config.data.sources[source.name].language
+        if given != source.language:
+            raise ConfigError(
+                f"data.sources.{source.name}.language {given!r}: this run has trained it as {source.language!r}; set"
+                " it as it was, or give what is new a name of its own"
+            )
+    plan = plan.joined(_sources(config, datasets, config.data.sources.keys() - known))
+    rest = stages_of(config, plan.sources, at_sample, plan.counts_at(at_sample))
+    return plan.extended(at_sample, rest)
+
+
+def _sources(config: Config, datasets: Mapping[str, Dataset], names: Iterable[str]) -> list[Source]:
+    found = [(name, config.data.sources[name].language, datasets[name]) for name in sorted(names)]
+    return [Source(name, language, d.identity, d.train_tokens, d.pack) for name, language, d in found]
 
 
 def check_datasets(plan: Plan, datasets: Mapping[str, Dataset]) -> None:
@@ -253,7 +290,7 @@ def check_datasets(plan: Plan, datasets: Mapping[str, Dataset]) -> None:
         if found is None:
             raise DataError(
                 f"source {source.name!r} is in the plan of this run but is not among {sorted(datasets)};"
-                f" add it to data.sources again"
+                f" add it to data.sources again; the stages to come may leave it out"
             )
         if (found.identity, found.train_tokens) != (source.identity, source.tokens):
             raise DataError(

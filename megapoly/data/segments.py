@@ -78,10 +78,16 @@ def counts_in(seed: int, segment: Segment, samples: int) -> Int64s:
 def compile_segments(
     stages: Sequence[Stage], sources: Sequence[Source], sequence: int, seed: int, first: int, counts: Int64s
 ) -> list[Segment]:
-    """Segments of ``stages`` from sample ``first`` on, where the sources have had ``counts`` samples."""
-    segments = []
+    """Segments of ``stages`` from sample ``first`` on, where the sources have had ``counts`` samples.
+
+    Of stages of one name in a row, the later make up for what the whole numbers of the earlier left over or took.
+    """
+    segments: list[Segment] = []
+    owed = [Fraction(0)] * len(sources)
     for name, samples, weights in stages:
-        block, quotas = quotas_of(name, samples, weights, sources, sequence)
+        if segments and segments[-1].stage != name:
+            owed = [Fraction(0)] * len(sources)
+        block, quotas = quotas_of(name, samples, weights, sources, sequence, owed)
         skipped = int(counts.sum()) - first
         segment = Segment(first, samples, name, block, quotas, tuple(counts.tolist()), skipped)
         segments.append(segment)
@@ -90,9 +96,19 @@ def compile_segments(
 
 
 def quotas_of(
-    name: str, samples: int, weights: Mapping[str, float], sources: Sequence[Source], sequence: int
+    name: str,
+    samples: int,
+    weights: Mapping[str, float],
+    sources: Sequence[Source],
+    sequence: int,
+    owed: list[Fraction],
 ) -> tuple[int, tuple[int, ...]]:
-    """Length of the blocks of a stage, and the quota of every source in one by largest remainder."""
+    """Length of the blocks of a stage, and the quota of every source in one by largest remainder.
+
+    Args:
+        owed: samples that every source is to have, in all blocks, beyond what its weight gives; changed to what is
+            owed after this stage.
+    """
     unknown = sorted(set(weights) - {source.name for source in sources})
     if unknown:
         raise DataError(f"stage {name!r}: weights of unknown sources {unknown}; known: {[s.name for s in sources]}")
@@ -111,11 +127,17 @@ def quotas_of(
     blocks = -(-samples // BLOCK)
     block = -(-samples // blocks)
     whole = sum(map(Fraction, weights.values()))
-    exact = [block * Fraction(weights.get(source.name, 0)) / whole for source in sources]
-    quotas = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))
-    for i in by_remainder[: block - sum(quotas)]:
-        quotas[i] += 1
+    exact = [
+        block * Fraction(weights.get(source.name, 0)) / whole + more / blocks
+        for source, more in zip(sources, owed, strict=True)
+    ]
+    quotas = [max(0, int(share)) for share in exact]
+    while missing := block - sum(quotas):
+        one = 1 if missing > 0 else -1
+        order = sorted(range(len(exact)), key=lambda i: (one * (quotas[i] - exact[i]), i))
+        for i in [i for i in order if quotas[i] + one >= 0][: abs(missing)]:
+            quotas[i] += one
+    owed[:] = [blocks * (share - quota) for share, quota in zip(exact, quotas, strict=True)]
     return block, tuple(quotas)
 
 
