@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from megapoly.cli.common import JsonFile, Prefixes, describe_assembly, make_table, write_rows
+from megapoly.cli.common import JsonFile, Prefixes, describe_assembly, make_table, print_whole, write_rows
 from megapoly.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megapoly.data.lengths import Lengths
     from megapoly.data.tokenizer import Tokenizer
 
-_BAR = 24  # characters for all documents, or all tokens
+_BAR = 16  # characters for all documents, or all tokens
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 TokenizerFile = Annotated[
@@ -128,25 +128,21 @@ def _print_counts(datasets: Sequence[IndexedDataset]) -> None:
             f"{side.tokenizer.vocabulary:,}" if side else dataset.dtype.name,
             side.tokenizer.sha256[:6] if side else "?",
         )
-    Console().print(table)
+    print_whole(table)
 
 
 def _print_lengths(dataset: IndexedDataset, counted: Lengths) -> None:
-    table = make_table("length", "documents", "share")
-    table.add_column("", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for least, most, documents, tokens in counted.bins():
+    table = make_table("length", "documents", "share", "", "tokens", "share", "")
+    for column in (3, 6):
+        table.columns[column].justify = "left"
+    for least, _, documents, tokens in counted.bins():
         shares = documents / dataset.documents, tokens / dataset.tokens
         table.add_row(
-            f"{least:,} to {most:,}" if least < most else f"{least:,}",
-            f"{documents:,}", f"{shares[0]:.1%}", _bar(shares[0]),
+            f"{least:,}+", f"{documents:,}", f"{shares[0]:.1%}", _bar(shares[0]),
             f"{tokens:,}", f"{shares[1]:.1%}", _bar(shares[1]),
         )  # fmt: skip
-    console = Console()
-    console.print(f"{dataset.prefix}: documents by their length in tokens", highlight=False, soft_wrap=True)
-    console.print(table)
+    print(f"{dataset.prefix}: documents by their length, each line from so many tokens on to below twice as many")
+    print_whole(table)
     print(
         f"  from {counted.shortest:,} to {counted.longest:,} tokens (document {counted.longest_document}),"
         f" {dataset.tokens / dataset.documents:,.1f} in the mean"

@@ -34,7 +34,7 @@ class Lengths:
         """Count documents ``first``, ``first`` + 1 and so on, which follow those counted before."""
         if not len(lengths):
             return
-        # frexp of a whole number n > 0 gives the i with 2^(i - 1) <= n < 2^i, and of 0 it gives 0.
+        # Of a whole number n, 0 < n < 2^53, frexp gives the i with 2^(i - 1) <= n < 2^i, and of 0 it gives 0.
         bins = np.frexp(lengths.astype(np.float64))[1]
         seen = int(self.documents.sum())
         self.documents += np.bincount(bins, minlength=_BINS)
