@@ -11,8 +11,8 @@
 namespace megapoly {
 
 // Best-fit decreasing: the longest first, each into the pack with the least room in which it fits (of several the one
-// that was filled last), or into a new one. lengths[count] are in [1, pack], less than 2^31 of them. Returns the pack of every item; packs are
-// numbered as they were begun. Time is count log(pack) / log(64).
+// that was filled last), or into a new one. lengths[count] are in [1, pack], and fewer than 2^31. Returns the pack of
+// every item; packs are numbered as they were begun. Time is count log(pack) / log(64).
 std::vector<std::int32_t> best_fit(const std::int32_t* lengths, std::int64_t count, std::int64_t pack);
 
 // Documents into packs of one length (Ding et al., "Fewer Truncations Improve Language Modeling", 2024). A longer one is
