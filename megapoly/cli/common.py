@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich", "pretty_exceptions_enable": False}
 
+Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Path without .bin, .idx, .json.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 
 # How `data build` and `data merge` put documents together.
