@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import inspect
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilt
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.hashing import HashConfig
+from loguru import logger
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -98,7 +100,9 @@ def _execute(job: Language, name: str, pipeline: list[Any], tasks: int) -> list[
     logs = job.work / "logs" / name
     logs.mkdir(parents=True, exist_ok=True)
     with (logs / "console.log").open("a", encoding="utf-8") as console, contextlib.redirect_stderr(console):
+        logger.remove()
         LocalPipelineExecutor(pipeline, tasks=tasks, workers=1, logging_dir=str(logs)).run()
+        logger.remove()  # of the console, which ends here
     summed: list[dict[str, Any]] = []
     for rank in range(tasks):
         for i, step in enumerate(json.loads((logs / f"stats/{rank:05d}.json").read_text(encoding="utf-8"))):
@@ -142,7 +146,9 @@ def clean(job: Language) -> dict[str, Any]:
     Texts are compared inside a language, over all its files. ``output/LANG`` appears when the whole of it is done.
     """
     found = _execute(job, "rules", _rules_pipeline(job), len(job.files))
-    config = MinhashConfig(**job.rules["duplicates"], hash_config=HashConfig(precision=64, hash_fc="xxhash"))
+    if not any((job.work / "ruled").glob("*.jsonl.gz")):  # the rules left nothing
+        return _row(job.code, found)
+    config = MinhashConfig(**job.rules["duplicates"], hash_config=HashConfig(precision=64, hash_fc="sha1"))
     sums = {name: str(job.work / name) for name in ("signatures", "buckets", "duplicates", "cleaned")}
     words, tasks = steps.Words(job.code), len(job.files)
     signature = MinhashDedupSignature(sums["signatures"], config=config, language=words)
@@ -173,7 +179,7 @@ def _row(code: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {"language": code, "reasons": reasons, "steps": {}}
     before = counts["input"]
     for name in ("input", *STEPS):
-        now = counts[name]
+        now = counts.get(name, before)  # nothing reached the last step
         row[name if name == "input" else "kept"] = {"documents": now["documents"], "bytes": now["bytes"]}
         if name != "input":
             row["steps"][name] = {unit: before[unit] - now[unit] for unit in ("documents", "bytes")}
@@ -217,23 +223,23 @@ def clean_all(jobs: Sequence[Language], workers: int) -> Iterator[dict[str, Any]
     yield from (done[job.code] for job in jobs)
 
 
-def report(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What each step removed, in documents and in MB with their shares of what reached the step."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+def report(rows: Sequence[Mapping[str, Any]], unit: str) -> Table:
+    """What each step removed, in ``documents`` or ``bytes`` (shown as MB), with its share of what reached the step."""
+    scale, form = (1, ",.0f") if unit == "documents" else (1e6, ".3f")
+    title = "documents removed" if unit == "documents" else "MB removed"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for name in ("input", *STEPS, "kept"):
-        table.add_column(f"{name}\ndocuments", justify="right", no_wrap=True)
-        table.add_column("MB", justify="right", no_wrap=True, vertical="bottom")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in [*rows, total(rows)]:
-        cells, left = [], row["input"]
+        cells, left = [], row["input"][unit]
         for name in STEPS:
-            gone = row["steps"][name]
-            for unit, scale, form in (("documents", 1, ",.0f"), ("bytes", 1e6, ".2f")):
-                share = f" {gone[unit] / left[unit]:4.0%}" if gone[unit] and left[unit] else ""
-                cells.append(f"{gone[unit] / scale:{form}}{share}" if gone[unit] else "-")
-            left = {unit: left[unit] - gone[unit] for unit in left}
-        ends = [(f"{row[end]['documents']:,}", f"{row[end]['bytes'] / 1e6:.2f}") for end in ("input", "kept")]
-        table.add_row(row["language"], *ends[0], *cells, *ends[1])
+            gone = row["steps"][name][unit]
+            cells.append(f"{gone / scale:{form}} {gone / left:4.0%}" if gone else "-")
+            left -= gone
+        share = f" {row['kept'][unit] / row['input'][unit]:4.0%}" if row["input"][unit] else ""
+        kept = f"{row['kept'][unit] / scale:{form}}{share}"
+        table.add_row(row["language"], f"{row['input'][unit] / scale:{form}}", *cells, kept)
     return table
 
 
@@ -257,11 +263,12 @@ def samples(job: Language, count: int, characters: int = 160) -> Iterator[str]:
     for step in STEPS:
         shown: Counter[str] = Counter()
         for path in sorted((job.work / "removed" / step).glob("*.jsonl.gz")):
-            for document in JsonlReader(str(path.parent), glob_pattern=path.name)():
-                reason = document.metadata.get("reason", step)
-                shown[reason] += 1
-                if shown[reason] <= count:
-                    yield f"{job.code} {step}/{reason}: {' '.join(document.text.split())[:characters]}"
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                for record in map(json.loads, file):
+                    reason = record.get("reason", step)
+                    shown[reason] += 1
+                    if shown[reason] <= count:
+                        yield f"{job.code} {step}/{reason}: {' '.join(record['text'].split())[:characters]}"
 
 
 def find_jobs(inputs: Sequence[str], rules: Path, output: Path) -> list[Language]:
@@ -301,7 +308,9 @@ def main(
         partial.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
         os.replace(partial, output / "report.json")
         console = Console()
-        console.print(report(rows), width=max(console.width, 230))
+        console = Console(width=max(console.width, 140))  # a row is one line, also in a file
+        for unit in ("documents", "bytes"):
+            console.print(report(rows, unit))
         for job in jobs if show else ():
             for line in samples(job, show):
                 print(line)

@@ -26,7 +26,7 @@ _SEGMENTERS = {  # of the scripts that put no space between words; the models ar
     "ja": budoux.load_default_japanese_parser,
     "th": budoux.load_default_thai_parser,
 }
-_WORD = regex.compile(r"\w+(?:['’.\-]\w+)*|[^\w\s]")
+_WORD = regex.compile(r"\S+")
 _URL = regex.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"'()\[\]，。、）】」]+")
 # Control and format characters, without tab, newline, and the joiners that Arabic, Persian and emoji are spelt with.
 _INVISIBLE = regex.compile(r"[\p{Cc}\p{Cf}\p{Co}\p{Cn}\p{Cs}--[\t\n\u200c\u200d]]", regex.V1)
@@ -74,27 +74,27 @@ def as_record(writer: Any, document: Document) -> dict[str, Any]:
 
 
 class Words(WordTokenizer):
-    """Words by letters and marks, whatever the script; Chinese, Japanese and Thai are segmented by BudouX first.
+    """Words as Gopher counts them: what stands between spaces. Chinese, Japanese and Thai are segmented by BudouX.
 
-    Signs are words of their own, as the rules after Gopher expect. Needs no download.
+    Needs no download, and no package per language.
     """
 
     def __init__(self, language: str) -> None:
         super().__init__(language)
         self._parser = _SEGMENTERS[language]() if language in _SEGMENTERS else None
-        self._latest: tuple[str, list[str]] = ("", [])
+        self._latest: tuple[str, list[tuple[int, str]]] = ("", [])
+
+    def _words(self, text: str) -> list[tuple[int, str]]:
+        if self._latest[0] != text:  # every rule asks for the words of the same text
+            found, start = [], 0
+            for piece in self._parser.parse(text) if self._parser else [text]:
+                found += [(start + match.start(), match.group()) for match in _WORD.finditer(piece)]
+                start += len(piece)
+            self._latest = (text, found)
+        return self._latest[1]
 
     def word_tokenize(self, text: str) -> list[str]:
-        if self._latest[0] != text:  # every rule asks for the words of the same text
-            self._latest = (text, [word for _, word in self._words(text)])
-        return list(self._latest[1])
-
-    def _words(self, text: str) -> Iterator[tuple[int, str]]:
-        start = 0
-        for piece in self._parser.parse(text) if self._parser else [text]:
-            for match in _WORD.finditer(piece):
-                yield start + match.start(), match.group()
-            start += len(piece)
+        return [word for _, word in self._words(text)]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
         return [(start, start + len(word)) for start, word in self._words(text)]
@@ -127,11 +127,10 @@ class LanguageFilter(BaseFilter):
         text = " ".join(doc.text[: self.max_characters].split())
         if not text:
             return False, "empty"
-        answers = _detector().detect(text, model="lite", k=2)
-        scores = {answer["lang"]: answer["score"] for answer in answers}
-        if scores.get(self.language, 0.0) >= self.min_score:
-            return True
-        return False, "low_score" if answers[0]["lang"] == self.language else f"is_{answers[0]['lang']}"
+        best = _detector().detect(text, model="lite", k=1)[0]
+        if best["lang"] != self.language:
+            return False, f"is_{best['lang']}"
+        return True if best["score"] >= self.min_score else (False, "low_score")
 
 
 class Tidy(BaseFormatter):
