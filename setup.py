@@ -29,6 +29,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy>=1.24",
+        "orjson>=3.9",
         "sentencepiece>=0.2.0",
         "pydantic>=2",
         "typer>=0.12",

@@ -45,6 +45,8 @@ WITHOUT_TORCH = (
     "optim.layout",
     "optim.scaler",
     "data.plan",
+    "data.plan_document",
+    "data.segments",
     "models.cost",
     "plan.activations",
     "plan.memory",
@@ -53,7 +55,14 @@ WITHOUT_TORCH = (
 )
 READS_ENVIRONMENT = ("megapoly/launch.py",)
 # Optional extras that one file may import inside a function: (file, package).
-OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset({("megapoly/charts/figure.py", "matplotlib")})
+OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("megapoly/charts/figure.py", "matplotlib"),
+        ("megapoly/data/compression.py", "zstandard"),
+        ("megapoly/data/huggingface.py", "tokenizers"),
+        ("megapoly/data/parquet.py", "pyarrow"),
+    }
+)
 COLLECTIVE = re.compile(
     r"(batch_|monitored_)?(all_reduce|all_gather|reduce|reduce_scatter|broadcast|gather|scatter|all_to_all|barrier"
     r"|i?send|i?recv)(_.*)?"

@@ -57,12 +57,13 @@ Descriptor::Descriptor(const std::string& path, int opened) : number_(::fcntl(op
 Descriptor::~Descriptor() { ::close(number_); }
 
 Dataset::Dataset(std::string bin_path, int bin, int code, std::int64_t tokens, std::string idx_path, int idx,
-                 std::int64_t sequences, std::int64_t documents)
+                 std::int64_t sequences, std::int64_t documents, std::int64_t padding)
     : bin_path_(std::move(bin_path)),
       bin_(bin_path_, bin),
       idx_(idx_path, idx),
       code_(code),
       count_(tokens),
+      padding_(padding),
       boundaries_({std::move(idx_path), idx_.number(), sequences, documents, tokens, item_size(code)}) {}
 
 template <typename Id>
@@ -113,6 +114,11 @@ void fill(const Windows& windows, const Columns<Id>& out, std::vector<std::int32
             done = at;
         }
         std::copy_n(places.data(), length - done, positions + done);
+        if (labels != nullptr && source >= 0 && done > 0) {
+            const std::int64_t padding = windows.sources[static_cast<std::size_t>(source)]->padding();
+            if (padding >= 0 && out.tokens[base + done] == static_cast<Id>(padding))
+                std::fill(labels + done, labels + length, Id{kNotCounted});
+        }
         if (cu_seqlens != nullptr) cu_seqlens->push_back(static_cast<std::int32_t>(base + length));
     }
 }

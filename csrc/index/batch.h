@@ -27,20 +27,22 @@ private:
 // One dataset, as batches are read from it. It does not depend on who opened its files.
 class Dataset {
 public:
-    // `bin` and `idx` are descriptors; code, sequences and documents are those of the header of the .idx.
+    // `bin` and `idx` are descriptors; code, sequences and documents are those of the header of the .idx. `padding` is
+    // the id that fills what is left of packs, -1 where nothing does.
     Dataset(std::string bin_path, int bin, int code, std::int64_t tokens, std::string idx_path, int idx,
-            std::int64_t sequences, std::int64_t documents);
+            std::int64_t sequences, std::int64_t documents, std::int64_t padding);
 
     Tokens tokens(std::int64_t vocabulary) const { return {bin_path_, bin_.number(), code_, count_, vocabulary}; }
     std::int64_t count() const noexcept { return count_; }
     const std::string& path() const noexcept { return bin_path_; }
+    std::int64_t padding() const noexcept { return padding_; }
     const Boundaries& boundaries() const noexcept { return boundaries_; }
 
 private:
     std::string bin_path_;
     Descriptor bin_, idx_;
     int code_;
-    std::int64_t count_;
+    std::int64_t count_, padding_;
     Boundaries boundaries_;
 };
 
@@ -72,8 +74,8 @@ struct Progress {
 
 // Labels are the tokens after each; what there is none of is token 0 and label -1. With `cu_seqlens`, positions begin
 // again in every document, no label crosses from one into the next, and the vector becomes 0 and then the end of every
-// document's part of a row, counted over all rows; else positions count from the beginning of the window. Throws
-// DataError for a window or a document that is not in its file, or an id outside the vocabulary.
+// document's part of a row, counted over all rows; the last document of a row, where it begins with the padding of its
+// dataset and is not the first, has no labels. Else positions count from the beginning of the window. Throws DataError for a window or a document that is not in its file, or an id outside the vocabulary.
 template <typename Id>
 void fill(const Windows& windows, const Columns<Id>& out, std::vector<std::int32_t>* cu_seqlens, Progress& progress);
 

@@ -83,9 +83,10 @@ py::object fill_batch(const Sources& sources, const py::array_t<std::int32_t, py
 
 void bind_batch(py::module_& module) {
     py::class_<Dataset, std::shared_ptr<Dataset>>(module, "Dataset")
-        .def(py::init<std::string, int, int, std::int64_t, std::string, int, std::int64_t, std::int64_t>(),
+        .def(py::init<std::string, int, int, std::int64_t, std::string, int, std::int64_t, std::int64_t,
+                      std::int64_t>(),
              py::arg("bin_path"), py::arg("bin"), py::arg("code"), py::arg("tokens"), py::arg("idx_path"),
-             py::arg("idx"), py::arg("sequences"), py::arg("documents"))
+             py::arg("idx"), py::arg("sequences"), py::arg("documents"), py::arg("padding") = -1)
         .def("boundaries", &boundaries, py::arg("start"), py::arg("last"));
     py::class_<Progress>(module, "Progress")
         .def(py::init<>())

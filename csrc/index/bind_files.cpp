@@ -73,11 +73,14 @@ Ids gather_windows(const std::string& path, int descriptor, int code, std::int64
 void bind_files(py::module_& module) {
     module.attr("BLOCK_BYTES") = kBlock;
 
-    py::class_<Writer>(module, "Writer")
+    py::class_<Documents>(module, "Documents");
+    py::class_<Writer, Documents>(module, "Writer")
         .def(py::init<const std::string&, const std::string&, int, std::int64_t>(), py::arg("bin_path"),
              py::arg("idx_path"), py::arg("code"), py::arg("vocabulary"))
         .def("append", &append_documents<std::int32_t>, py::arg("ids").noconvert(), py::arg("lengths"))
         .def("append", &append_documents<std::int64_t>, py::arg("ids"), py::arg("lengths"))
+        .def_property_readonly("documents", &Writer::documents)
+        .def_property_readonly("tokens", &Writer::tokens)
         .def("finish", &finish);
 
     module.def("scan", &scan_blocks, py::arg("path"), py::arg("descriptor"), py::arg("code"), py::arg("vocabulary"),

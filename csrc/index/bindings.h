@@ -18,5 +18,6 @@ inline void require_vector(const pybind11::array& array, const char* name) {
 void bind_batch(pybind11::module_& module);
 void bind_bpe(pybind11::module_& module);
 void bind_files(pybind11::module_& module);
+void bind_merge(pybind11::module_& module);
 
 }  // namespace megapoly

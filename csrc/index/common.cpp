@@ -66,6 +66,7 @@ void OutputFile::flush() {
 }
 
 void OutputFile::finish() {
+    if (descriptor_ < 0) throw DataError(path_ + ": is finished already");
     flush();
     if (::fsync(descriptor_) != 0) fail(path_, "brought to the disk");
     const int descriptor = descriptor_;
@@ -73,16 +74,28 @@ void OutputFile::finish() {
     if (::close(descriptor) != 0) fail(path_, "closed");
 }
 
-Spool::Spool(const std::string& path) : path_(path) {
-    std::string name = path + ".XXXXXX";
-    descriptor_ = ::mkstemp(name.data());
-    if (descriptor_ < 0 || ::unlink(name.c_str()) != 0) fail(path_, "created");
-    buffer_.reserve(kBlock);
+NamelessFile::NamelessFile(const std::string& path) : path_(path), descriptor_(-1) {
+#ifdef O_TMPFILE
+    const std::size_t slash = path.rfind('/');
+    const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+    descriptor_ = ::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (descriptor_ >= 0) return;
+#endif
+    std::string name = path + ".XXXXXX";  // where the file system knows no file that never had a name
+    descriptor_ = ::mkostemp(name.data(), O_CLOEXEC);
+    if (descriptor_ < 0) fail(path_, "created");
+    ::unlink(name.c_str());
 }
 
-Spool::~Spool() {
+NamelessFile::~NamelessFile() {
     if (descriptor_ >= 0) ::close(descriptor_);
 }
+
+void NamelessFile::append(const void* data, std::size_t size) {
+    write_all(descriptor_, path_, static_cast<const unsigned char*>(data), size);
+}
+
+Spool::Spool(const std::string& path) : file_(path) { buffer_.reserve(kBlock); }
 
 void Spool::append(const void* data, std::size_t size) {
     const auto* at = static_cast<const unsigned char*>(data);
@@ -96,7 +109,7 @@ void Spool::append(const void* data, std::size_t size) {
 }
 
 void Spool::flush() {
-    write_all(descriptor_, path_, buffer_.data(), buffer_.size());
+    file_.append(buffer_.data(), buffer_.size());
     buffer_.clear();
 }
 
@@ -106,9 +119,9 @@ void Spool::read(const std::function<void(const unsigned char*, std::size_t)>& v
     off_t offset = 0;
     std::size_t held = 0;
     for (;;) {
-        const ssize_t count = ::pread(descriptor_, part.data() + held, kBlock - held, offset);
+        const ssize_t count = ::pread(file_.number(), part.data() + held, kBlock - held, offset);
         if (count < 0 && errno == EINTR) continue;
-        if (count < 0) fail(path_, "read");
+        if (count < 0) fail(file_.path(), "read");
         offset += count;
         held += static_cast<std::size_t>(count);
         if (count > 0 && held < kBlock) continue;

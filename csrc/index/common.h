@@ -66,13 +66,28 @@ private:
     std::vector<std::uint32_t> block_crcs_;
 };
 
+// A file without a name in the folder of `path`, which is gone with its last descriptor, however the process ends.
+class NamelessFile {
+public:
+    explicit NamelessFile(const std::string& path);
+    ~NamelessFile();
+    NamelessFile(const NamelessFile&) = delete;
+    NamelessFile& operator=(const NamelessFile&) = delete;
+
+    // Appends; messages name `path`.
+    void append(const void* data, std::size_t size);
+    int number() const noexcept { return descriptor_; }
+    const std::string& path() const noexcept { return path_; }
+
+private:
+    std::string path_;
+    int descriptor_;
+};
+
 // Bytes that wait in a file without a name, in the folder of `path`.
 class Spool {
 public:
     explicit Spool(const std::string& path);
-    ~Spool();
-    Spool(const Spool&) = delete;
-    Spool& operator=(const Spool&) = delete;
 
     void append(const void* data, std::size_t size);
     // Calls visit(bytes, size) with everything in order, in parts of kBlock bytes but for the last.
@@ -81,8 +96,7 @@ public:
 private:
     void flush();
 
-    std::string path_;
-    int descriptor_ = -1;
+    NamelessFile file_;
     std::vector<unsigned char> buffer_;
 };
 

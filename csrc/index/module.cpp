@@ -24,4 +24,5 @@ PYBIND11_MODULE(_index, module) {
     megapoly::bind_batch(module);
     megapoly::bind_bpe(module);
     megapoly::bind_files(module);
+    megapoly::bind_merge(module);
 }

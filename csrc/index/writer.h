@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common.h"
+#include "part.h"
 
 namespace megapoly {
 
@@ -17,7 +18,7 @@ struct Written {
 };
 
 // One sequence per document. Memory grows by 4 bytes per block only: lengths wait in a file without a name.
-class Writer {
+class Writer : public Documents {
 public:
     // `code` is a dtype code of the format; ids are from 0 to vocabulary - 1, all of which the dtype has to hold.
     Writer(const std::string& bin_path, const std::string& idx_path, int code, std::int64_t vocabulary);
@@ -27,12 +28,24 @@ public:
     template <typename Id>
     void append(const Id* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents);
 
+    // Appends one document as it stands in another file of the same dtype.
+    void begin(std::int64_t tokens) override;
+    void piece(const unsigned char* bytes, std::size_t size) override;
+    void end() override;
+
+    std::int64_t documents() const noexcept { return documents_; }
+    std::int64_t tokens() const noexcept { return tokens_; }
+    int code() const noexcept { return code_; }
+    const std::string& path() const noexcept { return bin_.path(); }
+
     // Writes the index and brings both files to the disk. The writer is of no use afterwards.
     Written finish();
 
 private:
     template <typename Id>
     void check(const Id* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents) const;
+
+    void require_whole() const;
 
     OutputFile bin_;
     OutputFile idx_;
@@ -41,6 +54,8 @@ private:
     std::int64_t vocabulary_;
     std::int64_t tokens_ = 0;
     std::int64_t documents_ = 0;
+    std::int64_t missing_ = 0;  // bytes of the document that is being appended
+    bool failed_ = false;
     Spool lengths_;  // i32 each
 };
 

@@ -19,9 +19,26 @@ from megapoly import __version__
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from megapoly.data.sidecar import Sidecar
+
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich", "pretty_exceptions_enable": False}
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
+
+# How `data build` and `data merge` put documents together.
+Deduplicate = Annotated[
+    bool, typer.Option("--deduplicate", help="Keep the first of documents with the same tokens, training ones first.")
+]
+Shuffle = Annotated[
+    int | None, typer.Option(metavar="SEED", help="Shuffle the documents; takes the size of the tokens on disk.")
+]
+Pack = Annotated[
+    int, typer.Option(metavar="LENGTH", help="Best-fit packs of so many tokens, as train.sequence; 0: a stream.")
+]
+MemoryMb = Annotated[
+    int, typer.Option(help="Bound on what the three above hold; 23 bytes a document do without further passes.")
+]
+
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 
 
@@ -40,6 +57,21 @@ def make_bar(name: str) -> Iterator[tuple[Progress, Any]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield bar, bar.add_task(name, total=None)
+
+
+def describe_assembly(made: Sidecar) -> str:
+    """What was left out of a dataset and how it was packed, as lines to print; empty where it is a plain stream."""
+    lines = []
+    if made.duplicates.documents:
+        gone = made.duplicates
+        lines.append(f"  left out: {gone.documents:,} duplicates with {gone.tokens:,} tokens")
+    if made.padding is not None:
+        packs, padding = made.tokens // made.pack, made.padding
+        lines.append(
+            f"  {packs:,} packs of {made.pack:,} tokens, {padding.tokens / made.tokens:.3%} of them padding in"
+            f" {padding.documents:,} packs; {padding.cut:,} documents longer than a pack were cut"
+        )
+    return "\n".join(lines)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""``megapoly data``: look into and verify indexed datasets; building has a file of its own."""
+"""``megapoly data``: look into and verify indexed datasets; building and merging have files of their own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from rich.console import Console
 
 from megapoly.cli.common import SETTINGS, make_bar, make_table
 from megapoly.cli.data_build import data_build
+from megapoly.cli.data_merge import data_merge
 from megapoly.errors import DataError
 
-data_app = typer.Typer(help="Build, look into and verify indexed datasets.", **SETTINGS)
+data_app = typer.Typer(help="Build, merge, look into and verify indexed datasets.", **SETTINGS)
 
 Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Path without .bin, .idx, .json.")]
 
 data_app.command("build")(data_build)
+data_app.command("merge")(data_merge)
 
 
 @data_app.command("inspect")

@@ -1,17 +1,31 @@
 """Aligned pairs of sentences, written as documents. No torch.
 
-PolyLM trained on parallel text but does not say how a pair was written. The forms here follow from what a model should
-learn of pairs: to go on in the other language (one text after the other), to translate where the languages are named
-(labels, as in few-shot prompts), and to translate on request (the sentence that PolyLM's WMT20 prompts use). Every form
-stands in both directions, and a pair gets one form and direction by a keyed hash: over a corpus they are equally
-frequent, so that none becomes a habit, and the same pair is always written alike. A pair is one document.
+PolyLM trained on parallel text but does not say how a pair was written. :data:`TEMPLATES`, the defaults, follow from
+what a model should learn of pairs:
+
+- ``{a}\\n{b}`` and ``{a}\\n\\n{b}``, plain concatenation: to go on in the other language, as a translation stands below
+  its original in a document. It needs no names and suits any pair.
+- ``{A}: {a}\\n{B}: {b}`` and ``[{A}] {a} [{B}] {b}``: to translate where labels name the languages, as in few-shot
+  prompts, on two lines or on one.
+- ``{a}\\nTranslate this sentence from {A} to {B}.\\n{b}`` and ``Translate from {A} to {B}.\\n{a}\\n{b}``: to translate
+  on request, which stands behind the text (the sentence of PolyLM's WMT20 prompts) or before it.
+
+Every template stands in both directions, and a pair gets one template and direction by a keyed hash: over a corpus they
+are equally frequent (or by the weights of the file), so that none becomes a habit, and the same pair is always written
+alike. A pair is one document. Other templates are a TOML file, :func:`load_templates`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
+from pathlib import Path
+from string import Formatter
+from typing import Any
 
-from megapoly.data.files import Record
+from megapoly.config_file import read_toml
+from megapoly.data.records import Record
+from megapoly.errors import ConfigError
 
 #: {a}, {b} the texts, {A}, {B} the names of their languages in English.
 TEMPLATES = (
@@ -22,6 +36,7 @@ TEMPLATES = (
     "{a}\nTranslate this sentence from {A} to {B}.\n{b}",
     "Translate from {A} to {B}.\n{a}\n{b}",
 )
+MOST_WEIGHT = 1000
 
 _NAMES = """
 af Afrikaans, am Amharic, ar Arabic, as Assamese, az Azerbaijani, be Belarusian, bg Bulgarian, bn Bengali, br Breton,
@@ -56,15 +71,77 @@ def pair_fields(record: Record) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def render(languages: tuple[str, str], texts: tuple[str, str], seed: int) -> str:
-    """The document of a pair: one of the templates in one direction, by a keyed hash of the pair.
+def render(languages: tuple[str, str], texts: tuple[str, str], seed: int, templates: Sequence[str] = TEMPLATES) -> str:
+    """The document of a pair: one of ``templates`` in one direction, by a keyed hash of the pair.
 
-    A language code that is not in :data:`LANGUAGES` stands for itself.
+    A language code that is not in :data:`LANGUAGES` stands for itself. The texts stand in the document as they are,
+    whatever they hold.
     """
     text = "\0".join((*languages, *texts)).encode()
     draw = blake2b(text, digest_size=8, key=seed.to_bytes(8, "little"), person=b"template").digest()
-    number = int.from_bytes(draw, "little") % (2 * len(TEMPLATES))
-    template, turned = TEMPLATES[number // 2], number % 2
+    number = int.from_bytes(draw, "little") % (2 * len(templates))
+    template, turned = templates[number // 2], number % 2
     first, second = (1, 0) if turned else (0, 1)
     names = [LANGUAGES.get(code, code) for code in languages]
     return template.format(a=texts[first], b=texts[second], A=names[first], B=names[second])
+
+
+def load_templates(path: str | Path) -> tuple[str, ...]:
+    """The templates of a TOML file, each as often as its weight says, for :func:`render`::
+
+        templates = ["{a}\\n{b}", "{A}: {a}\\n{B}: {b}"]
+        weights = [3, 1]   # whole numbers; equal where left out
+
+    ``{a}`` and ``{b}`` stand for the texts, once each, ``{A}`` and ``{B}`` for the names of their languages; a brace
+    is ``{{`` or ``}}``.
+
+    Raises:
+        ConfigError: the file cannot be read, or a template or weight is not such a one.
+    """
+    path = Path(path)
+    tree = read_toml(path)
+    unknown = sorted(tree.keys() - {"templates", "weights"})
+    if unknown:
+        raise ConfigError(f"{path}: has unknown keys {unknown}; a file of templates has templates and weights")
+    templates = tree.get("templates")
+    if not isinstance(templates, list) or not templates:
+        raise ConfigError(f'{path}: templates has to be a list of texts, such as templates = ["{{a}}\\n{{b}}"]')
+    for number, template in enumerate(templates):
+        problem = _problem(template)
+        if problem:
+            raise ConfigError(
+                f"{path}: templates[{number}], {template!r}, {problem}; a template holds {{a}} and {{b}}, the texts,"
+                " once each, and may hold {A} and {B}, the names of their languages; a brace is {{ or }}"
+            )
+        if template in templates[:number]:
+            raise ConfigError(
+                f"{path}: templates[{number}], {template!r}, stands there twice; give it a weight instead"
+            )
+    weights = tree.get("weights", [1] * len(templates))
+    whole = isinstance(weights, list) and all(type(weight) is int and weight > 0 for weight in weights)
+    if not whole or len(weights) != len(templates) or sum(weights) > MOST_WEIGHT:
+        raise ConfigError(
+            f"{path}: weights {weights!r}; expected {len(templates)} whole numbers, one for each template, from 1, with"
+            f" a sum of at most {MOST_WEIGHT}"
+        )
+    return tuple(template for template, weight in zip(templates, weights) for _ in range(weight))
+
+
+def _problem(template: Any) -> str | None:
+    """What is wrong with a template."""
+    if not isinstance(template, str):
+        return "is not a text"
+    try:
+        fields = [found[1:] for found in Formatter().parse(template) if found[1] is not None]
+    except ValueError as error:
+        return f"has a brace that is not closed or opened ({error})"
+    names = []
+    for name, specification, conversion in fields:
+        if name not in ("a", "b", "A", "B") or specification or conversion:
+            shown = f"{name}{'!' + conversion if conversion else ''}{':' + specification if specification else ''}"
+            return f"holds {{{shown}}}"
+        names.append(name)
+    for name in ("a", "b"):
+        if names.count(name) != 1:
+            return f"holds {{{name}}} {names.count(name)} times"
+    return None

@@ -8,7 +8,6 @@ whole; the .idx, without which nothing can open a dataset, comes last.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +21,14 @@ import numpy.typing as npt
 
 import megapoly
 from megapoly.data import _index, bilingual
-from megapoly.data.files import JsonLines, Record, partial, sync_folder, temporaries, write_synced
-from megapoly.data.indexed import dtype_code, part
+from megapoly.data.indexed import dtype_code
+from megapoly.data.naming import NewDataset, new_dataset
+from megapoly.data.readers import BadRecord, Reader, Record, open_reader
 from megapoly.data.sidecar import Checksums, Sidecar, TokenizerMark, Validation
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import ConfigError, DataError
 
 _BATCH_BYTES = 4 << 20  # of text encoded together
-_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which they get their names
 
 
 @dataclass(frozen=True)
@@ -117,40 +116,25 @@ def build(
         DataError: a bad line (named with its file), no document, no document left for training, a dataset at PREFIX
             already, or files that cannot be read or written. Nothing is left behind.
     """
-    prefix = Path(prefix)
-    finals = {suffix: part(prefix, suffix) for suffix in _SUFFIXES}
-    present = [str(path) for path in finals.values() if path.exists()]
-    if present and not options.overwrite:
-        raise DataError(f"{', '.join(present)}: exists already; choose another name or overwrite it")
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        with temporaries(*finals.values()):
-            sidecar = _write(inputs, finals, tokenizer, language, options, progress)
-            write_synced(partial(finals[".json"]), sidecar.text().encode())
-            # From here to the end there is no .idx under the final name, so an interrupted build cannot be opened.
-            finals[".idx"].unlink(missing_ok=True)
-            for path in finals.values():
-                os.replace(partial(path), path)
-            sync_folder(prefix.parent)
-    except OSError as error:
-        raise DataError(f"{prefix}: cannot be written ({error})") from error
+    with new_dataset(Path(prefix), overwrite=options.overwrite) as new:
+        sidecar = _write(inputs, new, tokenizer, language, options, progress)
+        new.name(sidecar)
     return sidecar
 
 
 def _write(
     inputs: Sequence[Path],
-    finals: dict[str, Path],
+    new: NewDataset,
     tokenizer: Tokenizer,
     language: str,
     options: Options,
     progress: Callable[[Progress], None],
 ) -> Sidecar:
     """Write the .bin and the .idx under their temporary names; what the sidecar will say."""
-    files = [JsonLines(path) for path in inputs]
-    bin_name, idx_name = (str(partial(finals[suffix])) for suffix in (".bin", ".idx"))
-    writer = _index.Writer(bin_name, idx_name, dtype_code(tokenizer.vocabulary), tokenizer.vocabulary)
+    files = [open_reader(path) for path in inputs]
+    writer = _index.Writer(new.bin, new.idx, dtype_code(tokenizer.vocabulary), tokenizer.vocabulary)
     trained, held_back = _Tally(), _Tally()
-    folder = finals[".bin"].parent
+    folder = new.prefix.parent
     with tempfile.TemporaryFile(dir=folder) as waiting, tempfile.TemporaryFile(dir=folder) as counts:
         spool = _Spool(waiting, counts)
         for batch, (ids, lengths) in _encoded(files, tokenizer, options):
@@ -189,7 +173,7 @@ def _no_document(inputs: Sequence[Path], language: str, held: int, options: Opti
 
 
 def _encoded(
-    files: Sequence[JsonLines], tokenizer: Tokenizer, options: Options
+    files: Sequence[Reader], tokenizer: Tokenizer, options: Options
 ) -> Iterator[tuple[list[_Document], tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]]:
     """Batches with their ids and lengths, ends included; the next batch is read while one is encoded."""
 
@@ -215,10 +199,12 @@ def _with_ends(
     return np.insert(ids, np.cumsum(lengths), eod), lengths + 1
 
 
-def _batches(files: Sequence[JsonLines], options: Options) -> Iterator[list[_Document]]:
+def _batches(files: Sequence[Reader], options: Options) -> Iterator[list[_Document]]:
     batch: list[_Document] = []
     held = 0
     for record in (record for file in files for record in file):
+        if isinstance(record, BadRecord):
+            raise record
         batch.append(_document(record, options))
         held += batch[-1].bytes
         if held >= _BATCH_BYTES:

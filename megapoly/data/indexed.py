@@ -114,9 +114,10 @@ class IndexedDataset:
         self._header = self._read_header()
         self._check_ends()
         self.documents = len(self.document_indices) - 1
+        padding = -1 if self.sidecar is None or self.sidecar.padding is None else self.sidecar.padding.id
         self.reader = _index.Dataset(
             str(self.bin_path), self._descriptor, self._code, self.tokens,
-            str(self.idx_path), self._index, len(self.pointers), self.documents,
+            str(self.idx_path), self._index, len(self.pointers), self.documents, padding,
         )  # fmt: skip
         self.pack = 0 if self.sidecar is None else self.sidecar.pack
         self.train_documents, self.train_tokens = self.documents, self.tokens
@@ -150,7 +151,7 @@ class IndexedDataset:
         first, last = self.document_indices[i : i + 2].tolist()
         start, stop = self.start(i), self.start(i + 1)
         if not 0 <= start <= stop <= self.tokens or self.lengths[first:last].sum() != stop - start:
-            raise self._damaged(f"the lengths or pointers of document {i}")
+            raise self.damaged(f"the lengths or pointers of document {i}")
         vocabulary = self.sidecar.tokenizer.vocabulary if self.sidecar else np.iinfo(np.int64).max
         return self.gather(np.array([start]), stop - start, vocabulary)[0]
 
@@ -160,12 +161,28 @@ class IndexedDataset:
         if sequence == len(self.pointers):
             return self.tokens
         if not 0 <= sequence < len(self.pointers):
-            raise self._damaged(f"the index of document {i}")
+            raise self.damaged(f"the index of document {i}")
         return self.pointers[sequence] // self.dtype.itemsize
 
     def document_at(self, token: int) -> int:
         """The document that holds a token."""
         return bisect_right(range(self.documents), token, key=self.start) - 1
+
+    def part(self) -> _index.Part:
+        """What :mod:`megapoly.data.merge` reads from; where there is a sidecar, it compares the checksums as it reads.
+
+        Raises:
+            DataError: the .idx is not what its checksums tell.
+        """
+        sums, crcs = self.sidecar.checksums if self.sidecar else None, list[int]()
+        if sums is not None:
+            crcs = Checksums.split(sums.bin)
+            wanted = Checksums.split(sums.idx)
+            found, _, _ = _index.scan(str(self.idx_path), self._index, 0, 0, 0, len(wanted))
+            if found != wanted:
+                raise self.damaged("a block whose checksum differs")
+        size = self.tokens * self.dtype.itemsize
+        return _index.Part(str(self.bin_path), self._descriptor, size, self._code, crcs)
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
         return IndexedDataset, (self.prefix,)
@@ -179,7 +196,8 @@ class IndexedDataset:
                 f" {self.prefix}.idx, and `megapoly data build` writes them"
             ) from error
 
-    def _damaged(self, what: str) -> DataError:
+    def damaged(self, what: str) -> DataError:
+        """The error for an .idx that is found to be damaged at ``what``."""
         return DataError(f"{self.idx_path}: is damaged at {what}; `megapoly data verify` finds where")
 
     def _read_header(self) -> bytes:

@@ -2,8 +2,8 @@
 
 Shapes: B samples, L = ``plan.sequence`` tokens. Window w of a stream covers tokens [w L, w L + L + 1) of its training
 part: L inputs, and the same moved by one as labels. Window w of a row of packs is pack w, tokens [w L, w L + L), whose
-last label is not counted. Document boundaries come from the .idx alone, so a pipeline stage that reads no tokens needs
-no .bin.
+last label is not counted; nor is a label of the padding that may end it, which is a document of its own. Document
+boundaries come from the .idx alone, so a pipeline stage that reads no tokens needs no .bin.
 """
 
 from __future__ import annotations

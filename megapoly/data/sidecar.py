@@ -51,11 +51,34 @@ class Checksums(_Frozen):
         return [int(digits[i : i + 8], 16) for i in range(0, len(digits), 8)]
 
 
+class Duplicates(_Frozen):
+    """Documents that were left out, since an earlier one has the same tokens."""
+
+    documents: Count = 0
+    tokens: Count = 0
+
+
+class Padding(_Frozen):
+    """How packs were filled.
+
+    The room that was left in a pack is a document of its own, the last one of the pack: a row of ``id``, which ends
+    every other document and begins none. ``documents`` and ``tokens`` count these rows. ``cut`` counts the documents
+    that were longer than a pack, and are several documents now.
+    """
+
+    id: Count
+    documents: Count
+    tokens: Count
+    cut: Count
+
+
 class Sidecar(_Frozen):
     """PREFIX.json. ``documents``, ``tokens`` and ``bytes`` (of UTF-8 text) count the held-out ones too.
 
     Tokens include the one that ends every document, bytes do not. With ``pack`` the .bin is a row of packs of so many
-    tokens; 0 is a stream.
+    tokens, and documents and tokens count their padding; 0 is a stream. Where duplicates were removed, the bytes of
+    text that are left are reckoned by the share of their tokens. ``templates`` are those that pairs were written with
+    (:mod:`megapoly.data.bilingual`), each as often as its weight; none for other text.
     """
 
     format: Literal["megapoly-indexed"] = "megapoly-indexed"
@@ -66,6 +89,9 @@ class Sidecar(_Frozen):
     tokens: Count
     bytes: Count
     pack: Count = 0
+    padding: Padding | None = None
+    duplicates: Duplicates = Duplicates()
+    templates: tuple[str, ...] = ()
     validation: Validation
     checksums: Checksums
     tool: str

@@ -11,12 +11,13 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 
-from megapoly.data.files import JsonLines, write_whole
+from megapoly.data.files import write_whole
+from megapoly.data.readers import BadRecords, Document, read_texts
 from megapoly.data.tokenizer import SPACE, Tokenizer
 from megapoly.errors import DataError
 
@@ -31,18 +32,22 @@ def train_tokenizer(
     alpha: float = 0.3,
     budget: int = 200_000_000,
     text_field: str = "text",
+    document: Document = "file",
+    bad: BadRecords | None = None,
     overwrite: bool = False,
 ) -> Tokenizer:
-    """Train a tokenizer on JSON lines of several languages; the same input gives the same file.
+    """Train a tokenizer on text in several languages; the same input gives the same file.
 
     Args:
-        files: the .jsonl or .jsonl.gz files of every language.
+        files: the files of every language, as :func:`megapoly.data.readers.expand` takes them.
         output: the model file to write.
         vocabulary: number of ids, with <unk> 0, <s> 1, </s> 2 and 256 byte pieces.
         alpha: a language with n bytes is seen in proportion to n^alpha (arXiv 1911.02116). 1 is as the corpus
             is; 0 makes all alike. Lines of small languages are repeated.
         budget: bytes of text to train on, at most as many as there are. 200 MB need some 2 GB of memory.
         text_field: the field of a record that holds the text.
+        document: what is a document of plain text.
+        bad: what becomes of bad records; the first ends the training where not given.
         overwrite: replace ``output`` where it exists.
 
     Raises:
@@ -54,11 +59,21 @@ def train_tokenizer(
         raise DataError(f"{output}: exists already, and datasets may depend on it; choose another name or overwrite it")
     if not 0 <= alpha <= 1:
         raise DataError(f"alpha {alpha} is not from 0 (all languages alike) to 1 (as the corpus is)")
-    rates = sampling_rates({name: _text_bytes(name, paths, text_field) for name, paths in files.items()}, alpha, budget)
+    bad = bad or BadRecords()
+
+    def read(language: str, bad: BadRecords) -> Iterator[str]:
+        return read_texts(files[language], text_field, bad, document)
+
+    sizes = {language: sum(len(text.encode()) for text in read(language, bad)) for language in files}
+    for language, size in sizes.items():
+        if not size:
+            raise DataError(f"language {language!r}: no document in {[str(path) for path in files[language]]}")
+    # What was skipped in the first pass is skipped again, and counted once.
+    again = {language: read(language, BadRecords("skip")) for language in files}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(files, rates, text_field),
+            sentence_iterator=_sentences(again, sampling_rates(sizes, alpha, budget)),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocabulary,
@@ -94,19 +109,12 @@ def sampling_rates(sizes: Mapping[str, int], alpha: float, budget: int) -> dict[
     return {name: total * weights[name] / norm / size for name, size in sizes.items()}
 
 
-def _text_bytes(language: str, paths: Sequence[Path], field: str) -> int:
-    size = sum(len(record.text(field).encode()) for path in paths for record in JsonLines(path))
-    if not size:
-        raise DataError(f"language {language!r}: no document in {[str(path) for path in paths]}")
-    return size
-
-
-def _sentences(files: Mapping[str, Sequence[Path]], rates: Mapping[str, float], field: str) -> Iterator[str]:
+def _sentences(texts: Mapping[str, Iterable[str]], rates: Mapping[str, float]) -> Iterator[str]:
     """Lines, so that no piece holds a newline; a line comes floor(rate + u) times, with u from a hash of its number."""
-    for language in sorted(files):
+    for language in sorted(texts):
         number = 0
-        for record in (record for path in files[language] for record in JsonLines(path)):
-            for line in record.text(field).split("\n"):
+        for text in texts[language]:
+            for line in text.split("\n"):
                 for start in range(0, len(line), _LONGEST):
                     number += 1
                     draw = hashlib.blake2b(f"{language} {number}".encode(), digest_size=8).digest()
