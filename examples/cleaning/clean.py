@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +132,16 @@ def drop_duplicates(part: Part) -> report.Counts:
     return report.Counts(language.code, {"duplicates": left}, {})
 
 
+@contextlib.contextmanager
+def mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """``map`` itself, or one over several processes."""
+    if workers == 1:
+        yield map
+    else:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield pool.map
+
+
 def clean(languages: Sequence[Language], workers: int) -> Iterator[report.Counts]:
     """Clean all files, ``workers`` at a time; yields what was left of each file after the steps.
 
@@ -139,11 +149,11 @@ def clean(languages: Sequence[Language], workers: int) -> Iterator[report.Counts
     """
     parts = [Part(language, number) for language in languages for number in range(len(language.files))]
     parts.sort(key=lambda part: -part.path.stat().st_size)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        bar = functools.partial(track, console=Console(stderr=True), transient=True)
-        yield from bar(pool.map(apply_rules, parts), "rules", len(parts))
-        deque(bar(pool.map(find_duplicates, languages), "near-duplicates", len(languages)), maxlen=0)
-        yield from bar(pool.map(drop_duplicates, parts), "writing", len(parts))
+    bar = functools.partial(track, console=Console(stderr=True), transient=True)
+    with mapper(workers) as apply:
+        yield from bar(apply(apply_rules, parts), "rules", len(parts))
+        deque(bar(apply(find_duplicates, languages), "near-duplicates", len(languages)), maxlen=0)
+        yield from bar(apply(drop_duplicates, parts), "writing", len(parts))
 
 
 def find_languages(inputs: Sequence[str], thresholds: Path, folder: Path) -> list[Language]:
