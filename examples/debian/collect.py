@@ -6,24 +6,24 @@ import gzip
 import json
 import os
 import re
+import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import extract
 import typer
 from extract import Page
 from fetch import Cache
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from sources import LANGUAGES, SOURCES, Request
 
+from megapoly.cli.common import make_table, write_rows
 from megapoly.errors import ConfigError, DataError, MegapolyError
 
-LANGUAGES = ("en", "zh", "es", "fr", "pt", "ru", "de", "it", "ar", "ja", "ko", "th", "vi", "id", "nl", "pl", "tr", "he")
+PACKAGES = Path("runs/debian/packages")
 _SCRIPTS = {
     "zh": r"[\u3400-\u9fff]",
     "ja": r"[\u3040-\u30ff\u3400-\u9fff]",
@@ -33,178 +33,53 @@ _SCRIPTS = {
     "th": r"[\u0e00-\u0e7f]",
     "he": r"[\u0590-\u05ff]",
 }
-_BOOK = {"en": "en-US", "zh": "zh-CN", "pt": "pt-BR", "ar": "ar-MA", "ja": "ja-JP", "ko": "ko-KR", "vi": "vi-VN"}
-
-
-class Missing(DataError):
-    """A package that is not to be had."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a source is asked for, and how it gets its packages: ``package`` returns None for one that is skipped."""
-
-    cache: Cache
-    languages: Sequence[str]
-    skip_missing: bool
-    skipped: list[str] = field(default_factory=list)
-
-    def package(self, name: str) -> Path | None:
-        try:
-            return self.cache.package(name)
-        except DataError as error:
-            if not self.skip_missing:
-                raise Missing(f"{error}; --skip-missing goes on without it") from error
-            self.skipped.append(f"{name}: {error}")
-            return None
-
-    def codes(self, **special: str) -> dict[str, str]:
-        """The source's own code of each language."""
-        return {language: special.get(language, language) for language in self.languages}
-
-
-def _existing(roots: Mapping[str, Path]) -> dict[str, Path]:
-    found = {language: root for language, root in roots.items() if root.exists()}
-    return found if "en" in found else {}
-
-
-def libreoffice_help(request: Request) -> Iterator[Page]:
-    roots = {}
-    for language, code in request.codes(en="en-us", zh="zh-cn", pt="pt-br").items():
-        if language in ("ar", "th", "he"):
-            continue  # the package has no such translation
-        if folder := request.package(f"libreoffice-help-{code}"):
-            name = {"en-us": "en-US", "zh-cn": "zh-CN", "pt-br": "pt-BR"}.get(code, code)
-            roots[language] = folder / f"usr/share/libreoffice/help/{name}/text"
-    if roots := _existing(roots):
-        yield from extract.libreoffice_help(roots)
-
-
-def libreoffice_messages(request: Request) -> Iterator[Page]:
-    catalogues: dict[str, dict[str, Path]] = defaultdict(dict)
-    for language in set(request.languages) & {"ar", "th", "he"}:  # the others have the help, which is prose
-        if folder := request.package(f"libreoffice-l10n-{language}"):
-            for path in sorted(folder.rglob("*.mo")):
-                catalogues[path.stem][language] = path
-    for name in sorted(catalogues):
-        yield from extract.gettext(catalogues[name], name)
-
-
-def descriptions(request: Request) -> Iterator[Page]:
-    codes = request.codes(zh="zh_CN", pt="pt_BR")
-    found = request.cache.translations(codes.values())
-    yield from extract.descriptions({language: found.get(code, []) for language, code in codes.items()})
-
-
-def man_pages(request: Request) -> Iterator[Page]:
-    for language, code in request.codes(pt="pt-br").items():
-        for suffix in ("", "-dev"):
-            if language in ("ar", "ko", "th", "he") or (suffix and language in ("id", "vi", "tr", "zh")):
-                continue  # there is no such package
-            if folder := request.package(f"manpages{'' if language == 'en' else '-' + code}{suffix}"):
-                name = {"en": "", "pt": "pt_BR", "zh": "zh_CN"}.get(language, language)
-                yield from extract.man_pages(folder / "usr/share/man" / name, language, "dev/" if suffix else "")
-
-
-def handbook(request: Request) -> Iterator[Page]:
-    if folder := request.package("debian-handbook"):
-        root = folder / "usr/share/doc/debian-handbook/html"
-        roots = {lang: root / _BOOK.get(lang, f"{lang}-{lang.upper()}") for lang in request.languages}
-        yield from extract.docbook_html(_existing(roots))
-
-
-def installation_guide(request: Request) -> Iterator[Page]:
-    if folder := request.package("installation-guide-amd64"):
-        root = folder / "usr/share/doc/installation-guide-amd64"
-        codes = request.codes(zh="zh_CN")
-        yield from extract.docbook_html(_existing({lang: root / code for lang, code in codes.items()}))
-
-
-def gnome_help(request: Request) -> Iterator[Page]:
-    if folder := request.package("gnome-user-docs"):
-        root = folder / "usr/share/help"
-        codes = request.codes(en="C", zh="zh_CN", pt="pt_BR")
-        for document in ("gnome-help", "system-admin-guide"):
-            for page in extract.mallard(_existing({lang: root / code / document for lang, code in codes.items()})):
-                yield Page(f"{document}/{page.key}", page.units)
-
-
-def mediawiki(request: Request) -> Iterator[Page]:
-    if folder := request.package("mediawiki"):
-        yield from extract.mediawiki(folder / "usr/share/mediawiki", request.codes(zh="zh-hans", pt="pt-br"))
-
-
-def wesnoth(request: Request) -> Iterator[Page]:
-    if folder := request.package("wesnoth-1.16-data"):
-        root = folder / "usr/share/games/wesnoth/1.16/locale"
-        catalogues: dict[str, dict[str, Path]] = defaultdict(dict)
-        for language, code in request.codes(zh="zh_CN", pt="pt_BR").items():
-            for path in sorted((root / code).rglob("*.mo")) if language != "en" else ():
-                catalogues[path.stem][language] = path
-        for name in sorted(catalogues):
-            yield from extract.gettext(catalogues[name], name)
-
-
-def chromium(request: Request) -> Iterator[Page]:
-    if folder := request.package("chromium-l10n"):
-        codes = request.codes(en="en-GB", zh="zh-CN", pt="pt-BR")
-        yield from extract.chromium(folder / "usr/lib/chromium/locales", codes)
-
-
-@dataclass(frozen=True)
-class Source:
-    licence: str
-    pages: Callable[[Request], Iterator[Page]]
-
-
-SOURCES = {
-    "libreoffice-help": Source("MPL-2.0", libreoffice_help),
-    "libreoffice": Source("MPL-2.0", libreoffice_messages),
-    "debian-handbook": Source("GPL-2+ or CC-BY-SA-3.0", handbook),
-    "installation-guide": Source("GPL-2", installation_guide),
-    "gnome-help": Source("CC-BY-SA-3.0", gnome_help),
-    "descriptions": Source("that of each package", descriptions),
-    "manpages": Source("of each page: GPL, LDP, BSD and others", man_pages),
-    "mediawiki": Source("GPL-2+", mediawiki),
-    "wesnoth": Source("GPL-2+", wesnoth),
-    "chromium": Source("BSD-3-Clause", chromium),
-}
 
 
 @dataclass
 class Size:
+    """Of a language's text in a source; ``pairs`` are with English."""
+
     documents: int = 0
     bytes: int = 0
     pairs: int = 0
 
+    def __iadd__(self, other: Size) -> Size:
+        self.documents += other.documents
+        self.bytes += other.bytes
+        self.pairs += other.pairs
+        return self
 
-def translated(language: str, english: str, text: str) -> bool:
-    """Whether a text is a translation and not the English left as it was, as far as signs and lengths tell."""
-    if text.casefold() == english.casefold():
-        return False
+
+Sizes = Mapping[str, Mapping[str, Size]]  # by source and language
+
+
+def translated(language: str, english: str | None, text: str) -> bool:
+    """Whether a text is a translation and not the English left as it was, as far as script and lengths tell."""
     if language in _SCRIPTS and not re.search(_SCRIPTS[language], text):
         return False
-    sizes = sorted((len(text.encode()), len(english.encode())))
-    return sizes[1] < 120 or sizes[1] < 5 * sizes[0]
+    if english is None:
+        return True
+    short, long = sorted((len(text.encode()), len(english.encode())))
+    return text.casefold() != english.casefold() and (long < 120 or long < 5 * short)
 
 
 class Distinct:
-    """Of the pages of one source, in order: each text of a language once, the same message in the same page everywhere."""
+    """Of the pages of one source, in order, each text of a language once; and the same units in every language."""
 
     def __init__(self) -> None:
         self._seen: dict[str, set[int]] = defaultdict(set)
 
     def page(self, page: Page) -> dict[str, dict[str, str]]:
+        """The units to keep, by language. Where the English of a unit was met before, its translations go with it."""
         english = page.units.get("en", {})
-        fresh = {name for name, text in english.items() if self._new("en", text)}
-        kept = {"en": {name: text for name, text in english.items() if name in fresh}}
+        kept = {"en": {name: text for name, text in english.items() if self._new("en", text)}}
         for language, units in page.units.items():
             if language != "en":
                 kept[language] = {
                     name: text
                     for name, text in units.items()
-                    if (name in fresh or name not in english)
-                    and translated(language, english.get(name, ""), text)
+                    if (name in kept["en"] or name not in english)
+                    and translated(language, english.get(name), text)
                     and self._new(language, text)
                 }
         return kept
@@ -213,46 +88,31 @@ class Distinct:
         if not any(c.isalpha() for c in text):
             return False
         mark, seen = hash(text.casefold()), self._seen[language]
-        if mark in seen:
-            return False
+        new = mark not in seen
         seen.add(mark)
-        return True
+        return new
 
 
 class Writer:
-    """``LANG.jsonl.gz`` and ``en-LANG.jsonl.gz`` in a folder, each whole or absent."""
+    """``NAME.jsonl.gz`` in a folder. Equal records make equal files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files: dict[str, Any] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, open_files: ExitStack) -> None:
+        self._folder, self._open = folder, open_files
+        self._files: dict[str, gzip.GzipFile] = {}
 
     def write(self, name: str, record: Mapping[str, str]) -> None:
         if name not in self._files:
-            # without a name and a time inside, equal text makes equal files
-            raw = (self.folder / f"{name}.jsonl.gz.tmp").open("wb")
-            self._files[name] = (gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0), raw)
-        self._files[name][0].write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-
-    def finish(self) -> None:
-        for name in sorted(self._files):
-            packed, raw = self._files[name]
-            packed.close()
-            raw.flush()
-            os.fsync(raw.fileno())
-            raw.close()
-            os.replace(raw.name, self.folder / f"{name}.jsonl.gz")
-
-    def discard(self) -> None:
-        for packed, raw in self._files.values():
-            with suppress(OSError, ValueError):
-                packed.close()
-            raw.close()
-            Path(raw.name).unlink(missing_ok=True)
+            raw = self._open.enter_context((self._folder / f"{name}.jsonl.gz").open("wb"))
+            self._files[name] = self._open.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+        self._files[name].write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
 
 def write_source(name: str, pages: Iterable[Page], writer: Writer) -> dict[str, Size]:
-    """Write one source's documents and pairs; returns their sizes by language."""
+    """Write one source's documents and pairs; returns their sizes by language.
+
+    ``key`` names the page and is the same in all its languages and pairs, so that a validation split which goes by it
+    holds out a text together with its translations.
+    """
     sizes: dict[str, Size] = defaultdict(Size)
     distinct = Distinct()
     for page in pages:
@@ -262,54 +122,59 @@ def write_source(name: str, pages: Iterable[Page], writer: Writer) -> dict[str, 
             if not units:
                 continue
             text = "\n".join(units.values())
-            writer.write(language, {"text": text, "lang": language, "source": name, "key": key})
-            sizes[language].documents += 1
-            sizes[language].bytes += len(text.encode())
-            if language == "en" or not page.aligned:
-                continue
-            for identifier, text in units.items():
-                if identifier in kept["en"]:
-                    record = {"en": kept["en"][identifier], language: text, "source": name, "key": key}
-                    writer.write(f"en-{language}", record)
-                    sizes[language].pairs += 1
+            writer.write(language, {"text": text, "language": language, "source": name, "key": key})
+            sizes[language] += Size(1, len(text.encode()))
+            if page.aligned and language != "en":
+                for identifier in (unit for unit in units if unit in kept["en"]):
+                    pair = {"en": kept["en"][identifier], language: units[identifier], "source": name, "key": key}
+                    writer.write(f"en-{language}", pair)
+                    sizes[language] += Size(pairs=1)
     return dict(sizes)
 
 
-def table(sizes: Mapping[str, Mapping[str, Size]], unit: str) -> Table:
-    """``unit``, a field of :class:`Size`, by language and source; bytes as MB."""
-    title = {"documents": "documents", "bytes": "MB of text", "pairs": "pairs with English"}[unit]
-    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("", *sizes, "all"):
-        result.add_column(column.replace("-", "-\n"), justify="right" if column else "left", no_wrap=True)
-    languages = [lang for lang in LANGUAGES if any(lang in found for found in sizes.values())]
-    for row in [[lang] for lang in languages] + [languages]:
-        numbers = [sum(getattr(found[lang], unit) for lang in row if lang in found) for found in sizes.values()]
-        numbers.append(sum(numbers))
-        shown = [f"{n / 1e6:.2f}" if unit == "bytes" else f"{n:,}" for n in numbers]
-        result.add_row(row[0] if len(row) == 1 else "all", *(text if n else "-" for n, text in zip(numbers, shown)))
-    return result
-
-
-def collect(output: Path, request: Request, sources: Sequence[str]) -> dict[str, dict[str, Size]]:
-    """Write the corpus of some sources to ``output``; returns the sizes by source and language.
+def collect(request: Request, names: Sequence[str], folder: Path) -> Sizes:
+    """Write the corpus of some sources to a folder.
 
     Raises:
-        DataError: a package that is not to be had, a tool that is not here, or a file that is not as expected.
+        DataError: a package that is not to be had, a tool that is not here, a file that is not as expected, or a source
+            that has packages and no text.
     """
-    writer = Writer(output)
     sizes = {}
-    try:
-        for name in sources:
+    with ExitStack() as open_files:
+        writer = Writer(folder, open_files)
+        for name in names:
+            had = len(request.taken)
             sizes[name] = write_source(name, SOURCES[name].pages(request), writer)
-        writer.finish()
-    except BaseException:
-        writer.discard()
-        raise
-    facts = {name: {"licence": SOURCES[name].licence, "languages": sorted(sizes[name])} for name in sources}
-    temporary = output / "sources.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    os.replace(temporary, output / "sources.json")
+            if not sizes[name] and len(request.taken) > had:
+                raise DataError(f"{name}: no text in its packages, which this release lays out otherwise; leave it out")
     return sizes
+
+
+def show(sizes: Sizes) -> None:
+    """Print documents, MB of text and pairs by language and by source."""
+    by_language: dict[str, Size] = {language: Size() for language in (*LANGUAGES, "all")}
+    by_source: dict[str, Size] = {name: Size() for name in sizes}
+    for name, found in sizes.items():
+        for language, size in found.items():
+            by_language[language] += size
+            by_language["all"] += size
+            by_source[name] += size
+    for title, rows in (("language", by_language), ("source", by_source)):
+        table = make_table(title, "documents", "MB", "pairs with English")
+        for name, size in rows.items():
+            if size.documents:
+                table.add_row(
+                    name, f"{size.documents:,}", f"{size.bytes / 1e6:.2f}", f"{size.pairs:,}" if size.pairs else "-"
+                )
+        Console().print(table)
+
+
+def rows(sizes: Sizes) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "language": language, **asdict(size), "licence": SOURCES[name].licence}
+        for name, found in sizes.items()
+        for language, size in sorted(found.items())
+    ]
 
 
 def choose(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -321,38 +186,36 @@ def choose(text: str, known: Sequence[str], what: str) -> list[str]:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for LANG.jsonl.gz and en-LANG.jsonl.gz.")] = Path(
-        "runs/debian/text"
-    ),
-    packages: Annotated[Path, typer.Option(help="Folder that packages are downloaded to.")] = Path(
-        "runs/debian/packages"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder to write: LANG.jsonl.gz, en-LANG.jsonl.gz, report.json.")],
+    packages: Annotated[Path, typer.Option(help="Folder that keeps what was downloaded.")] = PACKAGES,
     sources: Annotated[str, typer.Option(help=f"Of {', '.join(SOURCES)}; all where not given.")] = "",
-    languages: Annotated[
-        str, typer.Option(help="Such as en,th,ko; all 18 where not given. English is always in.")
-    ] = "",
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Go on without packages that are not to be had.")
-    ] = False,
+    languages: Annotated[str, typer.Option(help="Such as th,ko; all 18 where not given. English is always in.")] = "",
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Go on without missing packages.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
 ) -> None:
     """Build a corpus in up to 18 languages, and its pairs with English, from Debian packages. Needs no root.
 
-    Example: python examples/debian/collect.py --languages en,th,ko --sources mediawiki,descriptions
+    Example: python examples/debian/collect.py --output runs/debian/text --languages th,ko --sources debian-handbook
     """
     try:
+        if output.exists():
+            raise DataError(f"{output}: exists already; remove it, or choose another --output")
         chosen = choose(f"en,{languages}" if languages else "", LANGUAGES, "language")
+        names = choose(sources, list(SOURCES), "source")
         request = Request(Cache(packages, offline=offline), chosen, skip_missing)
-        sizes = collect(output, request, choose(sources, list(SOURCES), "source"))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as folder:
+            text = Path(folder) / "text"
+            text.mkdir()
+            sizes = collect(request, names, text)
+            write_rows(text / "report.json", [*rows(sizes), {"name": "packages", **request.taken}])
+            os.replace(text, output)
     except MegapolyError as error:
         raise SystemExit(f"error: {error}") from error
-    console = Console()
-    console = Console(width=max(console.width, 140))
-    for unit in ("documents", "bytes", "pairs"):
-        console.print(table(sizes, unit))
+    show(sizes)
     for line in request.skipped:
         print(f"skipped: {line}")
-    print("Licences: " + "; ".join(f"{name} {SOURCES[name].licence}" for name in sizes))
+    print("Licences: " + "; ".join(f"{name} {SOURCES[name].licence}" for name in names))
 
 
 if __name__ == "__main__":

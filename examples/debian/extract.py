@@ -1,18 +1,23 @@
 """From the files of Debian packages to aligned text: an extractor for each format.
 
-An extractor yields :class:`Page`s. A page's units are pieces of text (a paragraph, a message) by an identifier that is the
-same in every language, so that units of one identifier are translations of each other. Where a format gives none, its
-place in the page is the identifier, and only where the page has the same sequence of elements in both languages.
+An extractor yields :class:`Page`s. A page's units are pieces of text (a paragraph, a message) by an identifier that is
+the same in every language, so that units of one identifier are translations of each other. Where a format gives none,
+its place in the page is the identifier, and only where the page has the same sequence of elements in both languages.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import os
 import re
 import struct
 import subprocess
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +29,11 @@ from megapoly.errors import DataError
 _WIDE = r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef\u0e00-\u0e7f]"
 _LINE_BREAK = re.compile(rf"(?<={_WIDE})[ \t]*\n\s*(?={_WIDE})")
 _MARK_UP = re.compile(r"</?[a-zA-Z][^>]*>|\{\{|\[\[|\$\d|\bPLURAL\b")
+_BLOCKS = frozenset({"p", "h1", "h2", "h3", "h4", "h5", "div.para", "dt"})
+_NOT_PROSE = frozenset({"pre", "div.navheader", "div.navfooter", "ul.docnav", "div.toc", "div.revhistory"})
+_NUMBER = re.compile(r"^(?:\S+\s)?\S*\d+(?:\.\d+)*\.(?:[\d.]*)\s+")
+_LISTS = frozenset({"ul", "ol", "dl", "table", "div"})
+_MALLARD_LEAVE = frozenset({"info", "media", "code", "screen", "list", "steps", "table", "note"})
 MESSAGES = 40  # in a page, of formats that are a list of messages
 
 
@@ -34,6 +44,14 @@ class Page:
     key: str
     units: Mapping[str, Mapping[str, str]]
     aligned: bool = True
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, ValueError, SyntaxError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove the package's folder to get it anew") from error
 
 
 def tidy(text: str) -> str:
@@ -66,7 +84,8 @@ def libreoffice_help(roots: Mapping[str, Path]) -> Iterator[Page]:
 
 
 def _help_page(path: Path) -> dict[str, str]:
-    area = html.parse(str(path), html.HTMLParser(encoding="utf-8")).getroot().find(".//div[@id='DisplayArea']")
+    with _reading(path):
+        area = html.parse(str(path), html.HTMLParser(encoding="utf-8")).find(".//div[@id='DisplayArea']")
     found: dict[str, str] = {}
     for element in area.iter("h1", "h2", "h3", "h4", "h5", "p") if area is not None else ():
         identifier = element.get("id")
@@ -93,11 +112,6 @@ def docbook_html(roots: Mapping[str, Path]) -> Iterator[Page]:
         yield Page(english.stem, _by_place(blocks))
 
 
-_BLOCKS = frozenset({"p", "h1", "h2", "h3", "h4", "h5", "div.para", "dt"})
-_NOT_PROSE = frozenset({"pre", "div.navheader", "div.navfooter", "ul.docnav", "div.toc", "div.revhistory"})
-_NUMBER = re.compile(r"^(?:\S+\s)?\S*\d+(?:\.\d+)*\.(?:[\d.]*)\s+")
-
-
 def _book_blocks(path: Path) -> Iterator[tuple[str, str]]:
     """(kind, text) of every block in order; blocks inside a block are its own units, and not of its text."""
 
@@ -120,14 +134,11 @@ def _book_blocks(path: Path) -> Iterator[tuple[str, str]]:
         for child in node:
             yield from walk(child)
 
-    body = html.parse(str(path), html.HTMLParser(encoding="utf-8")).getroot().find("body")
+    with _reading(path):
+        body = html.parse(str(path), html.HTMLParser(encoding="utf-8")).find("body")
     for node in body if body is not None else ():
         if node.get("id") not in ("banner", "title"):
             yield from walk(node)
-
-
-_LISTS = frozenset({"ul", "ol", "dl", "table", "div"})
-_MALLARD_LEAVE = frozenset({"info", "media", "code", "screen", "list", "steps", "table", "note"})
 
 
 def mallard(roots: Mapping[str, Path]) -> Iterator[Page]:
@@ -139,8 +150,10 @@ def mallard(roots: Mapping[str, Path]) -> Iterator[Page]:
 
 
 def _mallard_blocks(path: Path) -> list[tuple[str, str]]:
+    with _reading(path):
+        root = etree.parse(str(path)).getroot()
     found = []
-    for element in etree.parse(str(path)).getroot().iter("{*}title", "{*}p", "{*}desc"):
+    for element in root.iter("{*}title", "{*}p", "{*}desc"):
         inside = {etree.QName(parent).localname for parent in element.iterancestors()}
         name = etree.QName(element).localname
         if name == "desc" or "info" not in inside:  # an <info> also holds names of people and titles of links
@@ -167,7 +180,8 @@ def mediawiki(root: Path, codes: Mapping[str, str]) -> Iterator[Page]:
         for language, code in codes.items():
             path = english.with_name(f"{code}.json")
             if path.is_file():
-                table = json.loads(path.read_text(encoding="utf-8"))
+                with _reading(path):
+                    table = json.loads(path.read_text(encoding="utf-8"))
                 tables[language] = {n: t for n, t in table.items() if isinstance(t, str) and not n.startswith("@")}
         yield from _lists(str(english.parent.relative_to(root)), tables)
 
@@ -177,7 +191,9 @@ def gettext(paths: Mapping[str, Path], key: str) -> Iterator[Page]:
     tables: dict[str, dict[str, str]] = {"en": {}}
     for language, path in sorted(paths.items()):
         tables[language] = {}
-        for entry in polib.mofile(str(path)):
+        with _reading(path):
+            entries = polib.mofile(str(path))
+        for entry in entries:
             if entry.msgid and entry.msgstr and not entry.msgid_plural:
                 identifier = f"{entry.msgctxt or ''}\x04{entry.msgid}"
                 tables["en"][identifier] = _plain_message(entry.msgid)
@@ -218,7 +234,7 @@ def read_pak(path: Path) -> dict[str, str]:
     if entries[-1][1] > len(data):
         raise DataError(f"{path}: is cut: {len(data)} bytes, expected {entries[-1][1]}")
     found = {}
-    for (number, start), (_, stop) in zip(entries, entries[1:]):
+    for (number, start), (_, stop) in itertools.pairwise(entries):
         try:
             found[f"{number:05}"] = data[start:stop].decode()
         except UnicodeDecodeError:
@@ -233,7 +249,9 @@ def descriptions(files: Mapping[str, Iterable[Path]]) -> Iterator[Page]:
     for language, paths in files.items():
         tables[language] = {}
         for path in paths:
-            for block in path.read_text(encoding="utf-8").split("\n\n"):
+            with _reading(path):
+                blocks = path.read_text(encoding="utf-8").split("\n\n")
+            for block in blocks:
                 match = re.match(r"Package: (.+)\nDescription-md5: (\w+)\nDescription-\S+: (.*)", block, re.DOTALL)
                 if match:
                     name, digest, text = match.groups()
@@ -249,7 +267,7 @@ def descriptions(files: Mapping[str, Iterable[Path]]) -> Iterator[Page]:
 
 
 def _paragraphs(description: str) -> list[str]:
-    """The summary, and the paragraphs of the long text. Lists keep their lines; <trans> marks what nobody translated."""
+    """The summary and the paragraphs of the long text. Lists keep their lines; <trans> marks what is not translated."""
     summary, _, long = description.partition("\n")
     found = [tidy(summary)]
     for paragraph in re.split(r"\n \.(?:\n|$)", long):
@@ -260,22 +278,29 @@ def _paragraphs(description: str) -> list[str]:
 
 
 def man_pages(folder: Path, language: str, prefix: str = "") -> Iterator[Page]:
-    """Manual pages as text, by groff, one paragraph a line; their translations are not aligned with the English.
+    """Manual pages as text, one paragraph a line; their translations are not aligned with the English.
 
     Raises:
         DataError: groff is not here.
     """
-    for path in sorted(folder.glob("man[1-8]/*.gz")):
+    paths = sorted(folder.glob("man[1-8]/*.gz"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is groff's, in processes of its own
+        for path, text in zip(paths, pool.map(_formatted, paths)):
+            if text:
+                yield Page(f"{prefix}{path.stem}", {language: {"": text}}, aligned=False)
+
+
+def _formatted(path: Path) -> str:
+    """A page by groff, without its head and foot; empty for a pointer to another page and where it is not UTF-8."""
+    with _reading(path):
         source = gzip.decompress(path.read_bytes())
-        if re.match(rb"\s*\.so\s", source):
-            continue  # a pointer to another page
-        command = ["groff", "-Kutf8", "-Tutf8", "-t", "-man", "-P-cbou", "-rLL=20000n", "-rHY=0", "-rIN=0"]
-        try:
-            done = subprocess.run(command, input=source, capture_output=True, check=False)
-        except FileNotFoundError as error:
-            raise DataError("groff is not here; apt-get install groff-base, or leave out manpages") from error
-        lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines()]
-        text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines[1:-1])).strip()  # without the page's head and foot
-        text = re.sub(r"[ \u00a0]{2,}", " ", text)
-        if text and "\ufffd" not in text:
-            yield Page(f"{prefix}{path.stem}", {language: {"": text}}, aligned=False)
+    if re.match(rb"\s*\.so\s", source):
+        return ""
+    command = ["groff", "-Kutf8", "-Tutf8", "-t", "-man", "-P-cbou", "-rLL=20000n", "-rHY=0", "-rIN=0"]
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise DataError("groff is not here; apt-get install groff-base, or leave out manpages") from error
+    lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines()]
+    text = re.sub(r"[ \u00a0]{2,}", " ", re.sub(r"\n{3,}", "\n\n", "\n".join(lines[1:-1])).strip())
+    return "" if "\ufffd" in text else text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -10,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megapoly.errors import DataError
+
+_NAME = "package.txt"  # in an unpacked package
 
 
 def _run(command: Sequence[str], folder: Path) -> str:
@@ -35,11 +39,13 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def package(self, name: str) -> Path:
-        """The folder that the package is unpacked in.
+        """The folder that the package is unpacked in; of a pattern such as ``wesnoth-1.*-data`` the newest package.
 
         Raises:
             DataError: the package is not to be had, or apt or dpkg is not here.
         """
+        if "*" in name:
+            name = self._newest(name)
         final = self.folder / name
         if final.is_dir():
             return final
@@ -52,9 +58,22 @@ class Cache:
                 raise DataError(f"{name}: apt-get downloaded {len(found)} packages, expected one")
             unpacked = Path(temporary) / "unpacked"
             _run(["dpkg-deb", "-x", str(found[0]), str(unpacked)], Path(temporary))
-            (unpacked / "package.txt").write_text(found[0].name + "\n", encoding="utf-8")
+            (unpacked / _NAME).write_text(found[0].name, encoding="utf-8")
             os.replace(unpacked, final)
         return final
+
+    def file_name(self, folder: Path) -> str:
+        """The file name of the package that was unpacked in a folder, which has its version."""
+        return (folder / _NAME).read_text(encoding="utf-8").strip()
+
+    def _newest(self, pattern: str) -> str:
+        names = [path.name for path in self.folder.glob(pattern)]
+        if not names and not self.offline:
+            listed = _run(["apt-cache", "pkgnames", pattern.partition("*")[0]], self.folder).split()
+            names = fnmatch.filter(listed, pattern)
+        if not names:
+            raise DataError(f"{pattern}: no such package")
+        return max(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
     def translations(self, codes: Iterable[str]) -> dict[str, list[Path]]:
         """The files of translated package descriptions by code, such as ``pt_BR``, as apt has them for this system.
