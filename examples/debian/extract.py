@@ -33,7 +33,7 @@ _BLOCKS = frozenset({"p", "h1", "h2", "h3", "h4", "h5", "div.para", "dt"})
 _NOT_PROSE = frozenset({"pre", "div.navheader", "div.navfooter", "ul.docnav", "div.toc", "div.revhistory"})
 _NUMBER = re.compile(r"^(?:\S+\s)?\S*\d+(?:\.\d+)*\.(?:[\d.]*)\s+")
 _LISTS = frozenset({"ul", "ol", "dl", "table", "div"})
-_MALLARD_LEAVE = frozenset({"info", "media", "code", "screen", "list", "steps", "table", "note"})
+_MALLARD_LEAVE = frozenset({"info", "media", "screen", "list", "steps", "table", "note"})
 MESSAGES = 40  # in a page, of formats that are a list of messages
 
 
