@@ -64,7 +64,7 @@ def translated(language: str, english: str | None, text: str) -> bool:
 
 
 class Distinct:
-    """Of the pages of one source, in order, each text of a language once; and the same units in every language."""
+    """Of pages in order, each text of a language once; and the same units in every language."""
 
     def __init__(self) -> None:
         self._seen: dict[str, set[int]] = defaultdict(set)
@@ -107,14 +107,13 @@ class Writer:
         self._files[name].write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
 
-def write_source(name: str, pages: Iterable[Page], writer: Writer) -> dict[str, Size]:
+def write_source(name: str, pages: Iterable[Page], distinct: Distinct, writer: Writer) -> dict[str, Size]:
     """Write one source's documents and pairs; returns their sizes by language.
 
-    ``key`` names the page and is the same in all its languages and pairs, so that a validation split which goes by it
-    holds out a text together with its translations.
+    ``key`` names the page and is the same in all its languages and pairs, and no text stands under two keys: a
+    validation split which goes by it holds out a text together with its translations.
     """
     sizes: dict[str, Size] = defaultdict(Size)
-    distinct = Distinct()
     for page in pages:
         kept = distinct.page(page)
         key = f"{name}/{page.key}"
@@ -141,10 +140,10 @@ def collect(request: Request, names: Sequence[str], folder: Path) -> Sizes:
     """
     sizes = {}
     with ExitStack() as open_files:
-        writer = Writer(folder, open_files)
+        writer, distinct = Writer(folder, open_files), Distinct()
         for name in names:
             had = len(request.taken)
-            sizes[name] = write_source(name, SOURCES[name].pages(request), writer)
+            sizes[name] = write_source(name, SOURCES[name].pages(request), distinct, writer)
             if not sizes[name] and len(request.taken) > had:
                 raise DataError(f"{name}: no text in its packages, which this release lays out otherwise; leave it out")
     return sizes

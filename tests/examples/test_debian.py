@@ -24,7 +24,6 @@ from extract import Page
 from fetch import Cache
 from sources import LANGUAGES, SOURCES, Request
 
-from megapoly.data import builder
 from megapoly.errors import ConfigError, DataError
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb, which Debian and Ubuntu have")
@@ -294,15 +293,23 @@ def test_a_run(tmp_path: Path, packages: Path, capsys: pytest.CaptureFixture[str
         collect.main(output, **arguments)
 
 
-def test_translations_are_held_out_together(tmp_path: Path, packages: Path) -> None:
-    """By the builder's split, in documents and pairs alike."""
+def test_no_text_stands_under_two_keys(tmp_path: Path, packages: Path) -> None:
+    """A split by key then holds out a text with its translations, in documents and in pairs."""
+    for path in packages.rglob("p*.html"):  # every second page repeats a text of another in the same language
+        number, text = int(path.stem[1:]), path.read_text(encoding="utf-8")
+        other = path.with_name(f"p{(number + 20) % 40:02}.html").read_text(encoding="utf-8")
+        if number % 2:
+            put(path, text.replace("</body>", other[other.index("<p>") :]))
     collect.main(tmp_path / "text", packages=packages, sources="debian-handbook", languages="de,th", offline=True)
-    held = {}
-    for name in ("en", "de", "th", "en-de", "en-th"):
-        records = read(tmp_path / f"text/{name}.jsonl.gz")
-        held[name] = {record["key"] for record in records if builder.held_out(record["key"], seed=1234, fraction=0.3)}
-    assert 0 < len(held["en"]) < 40
-    assert all(keys == held["en"] for keys in held.values())
+    keys: dict[tuple[str, str], set[str]] = {}
+    for language in TITLES:
+        for record in read(tmp_path / f"text/{language}.jsonl.gz"):
+            for line in record["text"].splitlines():
+                keys.setdefault((language, line), set()).add(record["key"])
+    assert len(keys) == 3 * 80
+    for language in ("de", "th"):
+        for pair in read(tmp_path / f"text/en-{language}.jsonl.gz"):
+            assert keys["en", pair["en"]] == keys[language, pair[language]] == {pair["key"]}
 
 
 def test_a_run_that_fails_leaves_nothing_behind(tmp_path: Path, packages: Path) -> None:
