@@ -49,6 +49,13 @@ def make_table(first: str, *columns: str) -> Table:
     return table
 
 
+def print_whole(table: Table) -> None:
+    """Print a table in its own width, even where that is more than the terminal's."""
+    console = Console(highlight=False)
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(table)
+
+
 @contextmanager
 def make_bar(name: str) -> Iterator[tuple[Progress, Any]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn

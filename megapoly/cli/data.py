@@ -11,14 +11,18 @@ from rich.console import Console
 from megapoly.cli.common import SETTINGS, make_bar, make_table
 from megapoly.cli.data_build import data_build
 from megapoly.cli.data_merge import data_merge
+from megapoly.cli.data_plan import data_plan
 from megapoly.errors import DataError
 
-data_app = typer.Typer(help="Build, merge, look into and verify indexed datasets.", **SETTINGS)
+data_app = typer.Typer(
+    help="Build, merge, look into and verify indexed datasets, and plan what a run reads.", **SETTINGS
+)
 
 Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Path without .bin, .idx, .json.")]
 
 data_app.command("build")(data_build)
 data_app.command("merge")(data_merge)
+data_app.command("plan")(data_plan)
 
 
 @data_app.command("inspect")

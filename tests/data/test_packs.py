@@ -250,7 +250,16 @@ def test_no_label_of_padding_is_counted_and_documents_are_separate(tmp_path):
         assert positions == [place for text in row for place in range(len(text))]
         assert one.cu_seqlens.tolist() == np.cumsum([0, *map(len, row)]).tolist()
         padded += len(row[-1]) > 1 and set(row[-1]) == {END}
-    assert padded >= 5
+    assert padded >= 4
+
+
+def test_an_epoch_is_every_pack_once(tmp_path):
+    """A pack ends with its last token; unlike a window it has no label after it, so none is left over."""
+    _, dataset = packed(tmp_path, texts_of([10] * 7), [], 10)
+    plan = make_plan({"x": dataset}, 10)
+    assert plan.windows.tolist() == [7]
+    batch = read(plan, {"x": dataset}, np.arange(7), **OPTIONS)
+    assert sorted(batch.tokens.tolist()) == sorted(rows(dataset, 0, dataset.tokens)[i][0] for i in range(7))
 
 
 def test_padding_is_known_by_the_sidecar_alone(tmp_path):
