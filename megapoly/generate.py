@@ -14,7 +14,7 @@ from torch import Tensor
 from megapoly.checkpoint import state, store
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import DTYPES
-from megapoly.errors import ConfigError, DataError
+from megapoly.errors import ConfigError
 from megapoly.layers.call import Call, Place
 from megapoly.models.decoder import DecoderStage
 
@@ -57,12 +57,7 @@ class Generator:
         config = state.saved_config(reader)
         self.step = reader.step
         self.tokenizer = Tokenizer.load(tokenizer or config.data.tokenizer)
-        if self.tokenizer.sha256 != reader.meta["tokenizer"]:
-            raise DataError(
-                f"{self.tokenizer.path}: is not the tokenizer that {reader.path} was trained with (SHA-256"
-                f" {self.tokenizer.sha256[:12]}, expected {reader.meta['tokenizer'][:12]});"
-                " give that one with --tokenizer"
-            )
+        state.check_tokenizer(reader, self.tokenizer)
         self.model = DecoderStage(config.model, place=Place(dtype=DTYPES[config.train.precision]))
         state.load_weights(reader, self.model)
         self.positions = config.model.positions

@@ -158,6 +158,7 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run
     reader = None if path is None else store.Reader(path)
     if reader is not None:
         state.check_identity(reader, config)
+        state.check_tokenizer(reader, tokenizer)
         plan = Plan.from_document(reader.meta["plan"])
         check_datasets(plan, datasets)
     else:

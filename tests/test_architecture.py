@@ -45,6 +45,8 @@ WITHOUT_TORCH = (
     "optim.layout",
     "optim.scaler",
     "data.plan",
+    "data.plan_document",
+    "data.segments",
     "models.cost",
     "plan.activations",
     "plan.memory",
@@ -57,6 +59,7 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
     {
         ("megapoly/charts/figure.py", "matplotlib"),
         ("megapoly/data/compression.py", "zstandard"),
+        ("megapoly/data/huggingface.py", "tokenizers"),
         ("megapoly/data/parquet.py", "pyarrow"),
     }
 )

@@ -12,10 +12,15 @@ namespace {
 constexpr std::int64_t kLengths = 34;  // bytes of the header
 constexpr std::int64_t kCells = std::int64_t{1} << 18;
 constexpr std::int64_t kSmallestCell = 64;
+constexpr std::int64_t kMost = std::int64_t{1} << 58;  // of sequences, whose places in a file then fit 64 bits
 
 }  // namespace
 
 Boundaries::Boundaries(IndexFile file) : file_(std::move(file)) {
+    if (file_.sequences < 1 || file_.sequences > kMost || file_.documents < 0 || file_.documents > kMost ||
+        file_.tokens < 0)
+        throw DataError(file_.path + ": cannot have " + std::to_string(file_.sequences) + " sequences, " +
+                        std::to_string(file_.documents) + " documents and " + std::to_string(file_.tokens) + " tokens");
     pointers_ = kLengths + 4 * file_.sequences;
     indices_ = pointers_ + 8 * file_.sequences;
     stride_ = std::max(kSmallestCell, (file_.sequences + kCells - 1) / kCells);

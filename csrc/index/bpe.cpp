@@ -204,10 +204,9 @@ std::string why_not(const BpeModel& model) {
         if (piece.type == PieceType::kUserDefined) return shown() + "is a user-defined symbol";
         if (piece.type == PieceType::kUnused) return shown() + "is marked unused";
         if (piece.type == PieceType::kByte) {
-            for (unsigned byte = 0; byte < 256; ++byte) {
-                constexpr char kDigits[] = "0123456789ABCDEF";
-                bytes[byte] |= piece.text == std::string("<0x") + kDigits[byte >> 4] + kDigits[byte & 15U] + '>';
-            }
+            const int byte = byte_of(piece.text);
+            if (byte < 0) return shown() + "is marked as a byte and is none";
+            bytes[static_cast<std::size_t>(byte)] = true;
         } else if (piece.type != PieceType::kNormal && characters == 1) {
             return shown() + "stands for a character and is none";
         }
@@ -221,9 +220,10 @@ std::string why_not(const BpeModel& model) {
 
 BpeEncoder::BpeEncoder(std::string_view model) {
     const BpeModel parsed = parse_model(model);
+    normalizer_ = std::make_unique<const Normalizer>(parsed);
+    CharacterMap{parsed.decoding_map};
     refusal_ = why_not(parsed);
     if (!refusal_.empty()) return;
-    normalizer_ = std::make_unique<const Normalizer>(parsed);
     tables_ = std::make_unique<const BpeTables>(parsed);
 }
 
@@ -259,8 +259,14 @@ void BpeEncoder::encode(const std::vector<std::string_view>& texts, int threads,
         }
     };
     std::vector<std::thread> others;
-    for (std::size_t part = 1; part < parts; ++part) others.emplace_back(run, part);
+    others.reserve(parts);
+    std::size_t started = 1;
+    try {
+        for (; started < parts; ++started) others.emplace_back(run, started);
+    } catch (const std::exception&) {  // the system gives no more threads: this one does the rest
+    }
     run(0);
+    for (std::size_t part = started; part < parts; ++part) run(part);
     for (std::thread& other : others) other.join();
     for (const std::exception_ptr& error : errors)
         if (error) std::rethrow_exception(error);

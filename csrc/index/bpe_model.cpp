@@ -101,6 +101,9 @@ BpeModel parse_model(std::string_view bytes) {
                 if (normalizer.number() == 4) model.remove_extra_whitespaces = normalizer.value() != 0;
                 if (normalizer.number() == 5) model.escape_whitespaces = normalizer.value() != 0;
             }
+        if (fields.number() == 5)
+            for (Fields denormalizer(fields.text()); denormalizer.next();)
+                if (denormalizer.number() == 2) model.decoding_map = denormalizer.text();
     }
     return model;
 }

@@ -22,6 +22,7 @@ struct BpeModel {
     bool whitespace_as_suffix = false;
     bool byte_fallback = false;
     std::string character_map;  // precompiled: size of a double-array trie (u32), the trie, the replacements
+    std::string decoding_map;   // the same, which the library's decoder applies
     bool dummy_prefix = true;
     bool remove_extra_whitespaces = true;
     bool escape_whitespaces = true;

@@ -16,15 +16,22 @@ std::size_t characters_in(std::string_view text) noexcept {
 
 }  // namespace
 
+int byte_of(std::string_view piece) noexcept {
+    constexpr std::string_view kDigits = "0123456789ABCDEF";
+    if (piece.size() != 6 || piece.substr(0, 3) != "<0x" || piece[5] != '>') return -1;
+    const std::size_t high = kDigits.find(piece[3]), low = kDigits.find(piece[4]);
+    if (high == std::string_view::npos || low == std::string_view::npos) return -1;
+    return static_cast<int>(high << 4 | low);
+}
+
 BpeTables::BpeTables(const BpeModel& model)
     : vocabulary_(static_cast<std::int32_t>(model.pieces.size())), near_(1U << 16, kNoNode), touching_(kTouchBits / 64) {
     if (model.byte_fallback) byte_ids_.assign(256, 0);
-    const std::string digits = "0123456789ABCDEF";
     for (std::int32_t id = 0; id < vocabulary_; ++id) {
         const Piece& piece = model.pieces[static_cast<std::size_t>(id)];
         if (piece.type == PieceType::kUnknown) unknown_ = id;
-        if (piece.type == PieceType::kByte && model.byte_fallback && piece.text.size() == 6)
-            byte_ids_[digits.find(piece.text[3]) << 4 | digits.find(piece.text[4])] = id;
+        if (piece.type == PieceType::kByte && model.byte_fallback)
+            byte_ids_[static_cast<std::size_t>(byte_of(piece.text))] = id;
         if (piece.type != PieceType::kNormal || characters_in(piece.text) != 1) continue;
         const std::uint32_t code = decode(piece.text.data()).code;
         if (code < near_.size())

@@ -26,6 +26,9 @@ inline Character decode(const char* text) noexcept {
     return {(lead & 0x07U) << 18 | (byte(1) & 0x3FU) << 12 | (byte(2) & 0x3FU) << 6 | (byte(3) & 0x3FU), 4};
 }
 
+// The byte that a piece such as <0x0A> stands for, -1 where it is not such a piece.
+int byte_of(std::string_view piece) noexcept;
+
 // A *node* is a piece (its id) or a character that only stands inside of pieces (a number from the vocabulary on).
 class BpeTables {
 public:

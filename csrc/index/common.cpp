@@ -66,6 +66,7 @@ void OutputFile::flush() {
 }
 
 void OutputFile::finish() {
+    if (descriptor_ < 0) throw DataError(path_ + ": is finished already");
     flush();
     if (::fsync(descriptor_) != 0) fail(path_, "brought to the disk");
     const int descriptor = descriptor_;
@@ -81,8 +82,9 @@ NamelessFile::NamelessFile(const std::string& path) : path_(path), descriptor_(-
     if (descriptor_ >= 0) return;
 #endif
     std::string name = path + ".XXXXXX";  // where the file system knows no file that never had a name
-    descriptor_ = ::mkstemp(name.data());
-    if (descriptor_ < 0 || ::unlink(name.c_str()) != 0) fail(path_, "created");
+    descriptor_ = ::mkostemp(name.data(), O_CLOEXEC);
+    if (descriptor_ < 0) fail(path_, "created");
+    ::unlink(name.c_str());
 }
 
 NamelessFile::~NamelessFile() {

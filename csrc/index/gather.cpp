@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <vector>
@@ -42,7 +43,7 @@ void gather(const Tokens& tokens, const std::int64_t* starts, std::int64_t rows,
     with_token_type(tokens.code, [&](auto token) {
         using Token = decltype(token);
         std::vector<Token> window(static_cast<std::size_t>(length));
-        const auto limit = static_cast<std::uint64_t>(tokens.vocabulary);
+        const auto limit = static_cast<std::uint64_t>(std::max<std::int64_t>(tokens.vocabulary, 0));
         for (std::int64_t row = 0; row < rows; ++row) {
             read_exactly(tokens.path, tokens.descriptor, window.data(), window.size() * sizeof(Token),
                          starts[row] * static_cast<std::int64_t>(sizeof(Token)));

@@ -23,6 +23,8 @@ struct Unit {
     std::uint32_t offset() const noexcept { return (bits >> 10) << ((bits & (1U << 9)) >> 6); }
 };
 
+[[noreturn]] void refuse_map() { throw DataError("its map of characters is damaged"); }
+
 }  // namespace
 
 std::size_t character_length(std::string_view text) noexcept {
@@ -42,46 +44,76 @@ std::size_t character_length(std::string_view text) noexcept {
     return overlong || beyond ? 0 : 4;
 }
 
-Normalizer::Normalizer(const BpeModel& model)
-    : suffix_(model.whitespace_as_suffix),
-      dummy_prefix_(model.dummy_prefix),
-      remove_extra_(model.remove_extra_whitespaces),
-      escape_(model.escape_whitespaces) {
-    const std::string& map = model.character_map;
+CharacterMap::CharacterMap(std::string_view map) {
     if (map.empty()) return;
     std::uint32_t size = 0;
     if (map.size() > sizeof(size)) std::memcpy(&size, map.data(), sizeof(size));
     if (size < sizeof(std::uint32_t) || size % sizeof(std::uint32_t) != 0 || size >= map.size() - sizeof(size))
-        throw DataError("its map of characters is damaged");
+        refuse_map();
     trie_.resize(size / sizeof(std::uint32_t));
     std::memcpy(trie_.data(), map.data() + sizeof(size), size);
     replacements_ = map.substr(sizeof(size) + size);
-    if (replacements_.back() != '\0') throw DataError("its map of characters is damaged");
+    if (replacements_.back() != '\0') refuse_map();
+    for (std::string_view rest = replacements_; !rest.empty();) {
+        const std::size_t length = character_length(rest);
+        if (length == 0) refuse_map();
+        rest.remove_prefix(length);
+    }
+    check_paths();
 }
 
-Normalizer::Step Normalizer::first(std::string_view text) const {
-    std::size_t longest = 0;
-    std::uint32_t value = 0;
-    if (!trie_.empty()) {
-        std::uint32_t node = Unit{trie_[0]}.offset();
-        int matches = 0;
-        for (std::size_t i = 0; i < text.size() && matches < kMostMatches; ++i) {
-            const auto key = static_cast<unsigned char>(text[i]);
-            node ^= key;
-            if (node >= trie_.size() || Unit{trie_[node]}.label() != key) break;
-            const Unit unit{trie_[node]};
-            node ^= unit.offset();
+// From a node, every byte leads to another place in its row of 256 units.
+void CharacterMap::check_paths() const {
+    std::vector<bool> seen(trie_.size());
+    std::vector<std::uint32_t> waiting{Unit{trie_[0]}.offset()};
+    while (!waiting.empty()) {
+        const std::uint32_t node = waiting.back();
+        waiting.pop_back();
+        if ((node | 0xFFU) >= trie_.size()) refuse_map();
+        if (seen[node]) continue;
+        seen[node] = true;
+        for (std::uint32_t key = 0; key < 256; ++key) {
+            const Unit unit{trie_[node ^ key]};
+            if (unit.label() != key) continue;
+            const std::uint32_t next = node ^ key ^ unit.offset();
+            waiting.push_back(next);
             if (!unit.has_leaf()) continue;
-            if (node >= trie_.size()) break;
-            longest = i + 1;
-            value = Unit{trie_[node]}.value();
-            ++matches;
+            if (next >= trie_.size()) refuse_map();
+            const std::size_t at = Unit{trie_[next]}.value();
+            if (at >= replacements_.size() || (replacements_[at] & 0xC0) == 0x80) refuse_map();
         }
     }
-    if (longest > 0) {
-        if (value >= replacements_.size()) throw DataError("the tokenizer's map of characters is damaged");
-        return {std::string_view(replacements_.c_str() + value), longest};
+}
+
+CharacterMap::Found CharacterMap::find(std::string_view text) const noexcept {
+    if (trie_.empty()) return {{}, 0};
+    std::size_t longest = 0;
+    std::uint32_t value = 0, node = Unit{trie_[0]}.offset();
+    int matches = 0;
+    for (std::size_t i = 0; i < text.size() && matches < kMostMatches; ++i) {
+        const auto key = static_cast<unsigned char>(text[i]);
+        node ^= key;
+        const Unit unit{trie_[node]};
+        if (unit.label() != key) break;
+        node ^= unit.offset();
+        if (!unit.has_leaf()) continue;
+        longest = i + 1;
+        value = Unit{trie_[node]}.value();
+        ++matches;
     }
+    if (longest == 0) return {{}, 0};
+    return {std::string_view(replacements_.c_str() + value), longest};
+}
+
+Normalizer::Normalizer(const BpeModel& model)
+    : suffix_(model.whitespace_as_suffix),
+      dummy_prefix_(model.dummy_prefix),
+      remove_extra_(model.remove_extra_whitespaces),
+      escape_(model.escape_whitespaces),
+      map_(model.character_map) {}
+
+CharacterMap::Found Normalizer::first(std::string_view text) const {
+    if (const CharacterMap::Found found = map_.find(text); found.consumed > 0) return found;
     const std::size_t length = character_length(text);
     if (length == 0) return {kReplacement, 1};
     return {text.substr(0, length), length};
@@ -100,7 +132,7 @@ void Normalizer::normalize(std::string_view text, std::string& out) const {
     out.clear();
     if (remove_extra_)
         while (!text.empty()) {
-            const Step step = first(text);
+            const CharacterMap::Found step = first(text);
             if (step.text != " ") break;
             text.remove_prefix(step.consumed);
         }
@@ -109,14 +141,14 @@ void Normalizer::normalize(std::string_view text, std::string& out) const {
     if (dummy_prefix_ && !suffix_) out.append(space);
     bool after_space = remove_extra_;
     while (!text.empty()) {
-        if (trie_.empty() && !after_space) {  // a run of ASCII that stays as it is
+        if (map_.empty() && !after_space) {  // a run of ASCII that stays as it is
             std::size_t run = 0;
             while (run < text.size() && static_cast<unsigned char>(text[run]) < 0x80 && text[run] != ' ') ++run;
             out.append(text.substr(0, run));
             text.remove_prefix(run);
             if (text.empty()) break;
         }
-        const Step step = first(text);
+        const CharacterMap::Found step = first(text);
         std::string_view part = step.text;
         while (after_space && !part.empty() && part.front() == ' ') part.remove_prefix(1);
         if (!part.empty()) {

@@ -13,6 +13,28 @@ namespace megapoly {
 // Length in bytes of the valid UTF-8 character at the beginning of `text`, 0 where there is none.
 std::size_t character_length(std::string_view text) noexcept;
 
+// A precompiled map of a model: what stands for the beginning of a text.
+class CharacterMap {
+public:
+    struct Found {
+        std::string_view text;  // what stands for the beginning of the input
+        std::size_t consumed;   // bytes of the input; 0 where the map says nothing of it
+    };
+
+    // Throws DataError where the map is damaged: where some path through it leaves it, in this encoder or in the
+    // library, which does not look, or a replacement is not UTF-8.
+    explicit CharacterMap(std::string_view map);
+
+    bool empty() const noexcept { return trie_.empty(); }
+    Found find(std::string_view text) const noexcept;
+
+private:
+    void check_paths() const;
+
+    std::vector<std::uint32_t> trie_;
+    std::string replacements_;
+};
+
 class Normalizer {
 public:
     // Throws DataError where the precompiled map is damaged.
@@ -22,16 +44,11 @@ public:
     void normalize(std::string_view text, std::string& out) const;
 
 private:
-    struct Step {
-        std::string_view text;  // what stands for the beginning of the input
-        std::size_t consumed;   // bytes of the input
-    };
-    Step first(std::string_view text) const;
+    CharacterMap::Found first(std::string_view text) const;
     void append(std::string_view text, std::string& out) const;
 
     bool suffix_, dummy_prefix_, remove_extra_, escape_;
-    std::vector<std::uint32_t> trie_;
-    std::string replacements_;
+    CharacterMap map_;
 };
 
 }  // namespace megapoly

@@ -20,8 +20,8 @@ std::size_t read_block(const std::string& path, int descriptor, std::vector<unsi
                                       static_cast<off_t>(at) + static_cast<off_t>(done));
         if (count < 0 && errno == EINTR) continue;
         if (count < 0)
-            throw DataError(path + ": cannot be read at byte " + std::to_string(at) + " (" + std::strerror(errno) +
-                            ")");
+            throw DataError(path + ": cannot be read at byte " +
+                            std::to_string(at + static_cast<std::int64_t>(done)) + " (" + std::strerror(errno) + ")");
         if (count == 0) break;
         done += static_cast<std::size_t>(count);
     }

@@ -54,6 +54,8 @@ void Writer::check(const Id* ids, std::int64_t count, const std::int64_t* length
 template <typename Id>
 void Writer::append(const Id* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents) {
     check(ids, count, lengths, documents);
+    require_whole();
+    failed_ = true;  // until all of it is written
     with_token_type(code_, [&](auto token) {
         using Token = decltype(token);
         std::array<Token, 4096> part;
@@ -70,16 +72,23 @@ void Writer::append(const Id* ids, std::int64_t count, const std::int64_t* lengt
     }
     documents_ += documents;
     tokens_ += count;
+    failed_ = false;
+}
+
+void Writer::require_whole() const {
+    if (failed_) throw DataError(bin_.path() + ": could not be written before, and lacks a part; write it again");
 }
 
 template void Writer::append(const std::int32_t*, std::int64_t, const std::int64_t*, std::int64_t);
 template void Writer::append(const std::int64_t*, std::int64_t, const std::int64_t*, std::int64_t);
 
 void Writer::begin(std::int64_t tokens) {
+    require_whole();
     if (tokens < 1 || tokens > std::numeric_limits<std::int32_t>::max())
         throw DataError(bin_.path() + ": document " + std::to_string(documents_) + " has " + std::to_string(tokens) +
                         " tokens; expected 1 to 2147483647");
     const auto length = static_cast<std::int32_t>(tokens);
+    failed_ = true;  // until end()
     lengths_.append(&length, sizeof(length));
     missing_ += tokens * item_size_;
     ++documents_;
@@ -95,9 +104,11 @@ void Writer::end() {
     if (missing_ != 0)
         throw DataError(bin_.path() + ": document " + std::to_string(documents_ - 1) + " ends " +
                         std::to_string(missing_) + " bytes before its length");
+    failed_ = false;
 }
 
 Written Writer::finish() {
+    require_whole();
     bin_.finish();
     idx_.write(kMagic, sizeof(kMagic));
     idx_.put(kVersion);

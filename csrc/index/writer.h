@@ -45,6 +45,8 @@ private:
     template <typename Id>
     void check(const Id* ids, std::int64_t count, const std::int64_t* lengths, std::int64_t documents) const;
 
+    void require_whole() const;
+
     OutputFile bin_;
     OutputFile idx_;
     int code_;
@@ -53,6 +55,7 @@ private:
     std::int64_t tokens_ = 0;
     std::int64_t documents_ = 0;
     std::int64_t missing_ = 0;  // bytes of the document that is being appended
+    bool failed_ = false;
     Spool lengths_;  // i32 each
 };
 

@@ -111,7 +111,7 @@ def make_data(demo: Demo) -> None:
     files = [f"{language}={FOLDER}/text/corpus/{language}.jsonl" for language in LANGUAGES]
     with demo.step("A tokenizer: BPE with byte fallback"):
         demo.megapoly("tokenizer", "train", "--output", TOKENIZER, "--vocabulary", str(VOCABULARY), *files)
-        demo.megapoly("tokenizer", "report", TOKENIZER, *files)
+        demo.megapoly("tokenizer", "report", "--model", TOKENIZER, *files)
 
     build = f"{demo.python} -m megapoly data build --tokenizer {TOKENIZER} --validation {HELD_OUT}"
     with demo.step("Indexed datasets: one for each language, one of bilingual documents"):

@@ -12,8 +12,9 @@ from megapoly.bench.data_job import Measured, repeated, serve, watch
 from megapoly.data import _index
 from megapoly.data.builder import Options, build
 from megapoly.data.indexed import IndexedDataset, dtype_code
-from megapoly.data.plan import Plan, Source
+from megapoly.data.plan import Plan
 from megapoly.data.samples import read
+from megapoly.data.segments import Source
 from megapoly.data.tokenizer import Tokenizer
 
 _ROWS = 256  # of a batch

@@ -15,7 +15,8 @@ from megapoly.checkpoint import folders, store
 from megapoly.config import Config, Model
 from megapoly.context import ParallelContext
 from megapoly.data.plan import Plan
-from megapoly.errors import CheckpointError, ConfigError
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.errors import CheckpointError, ConfigError, DataError
 from megapoly.layers.call import Place, spec_of
 from megapoly.models.decoder import DecoderStage
 from megapoly.optim.adam import AdamW
@@ -130,6 +131,21 @@ def check_identity(reader: store.Reader, config: Config) -> None:
             f"{reader.path}: belongs to a run with another config; differing keys:\n" + "\n".join(lines) +
             "\nSet these keys as they were, or give the new run a train.directory of its own"
         )  # fmt: skip
+
+
+def check_tokenizer(reader: store.Reader, tokenizer: Tokenizer) -> None:
+    """Refuse another tokenizer than the one that the weights were trained with.
+
+    Raises:
+        DataError: the hashes differ.
+    """
+    trained = reader.meta["tokenizer"]
+    if tokenizer.sha256 != trained:
+        raise DataError(
+            f"{tokenizer.path}: is not the tokenizer that {reader.path} was trained with (SHA-256"
+            f" {tokenizer.sha256[:12]}, expected {trained[:12]}); give that one, in the config as data.tokenizer or"
+            " with --tokenizer"
+        )
 
 
 def differences(found: Any, wanted: Any, has: str, other: str) -> list[str]:

@@ -22,6 +22,9 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 class Tokenizer:
     """A loaded SentencePiece model.
 
+    Args:
+        ends: refuse a model that has no ``</s>`` to end documents with.
+
     Attributes:
         path: the model file.
         sha256: hex digest of the file's bytes.
@@ -31,22 +34,24 @@ class Tokenizer:
             fast; else "sentencepiece", with the reason.
     """
 
-    def __init__(self, path: Path, model: bytes) -> None:
+    def __init__(self, path: Path, model: bytes, ends: bool = True) -> None:
         self.path = Path(path)
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._model = sentencepiece.SentencePieceProcessor()
         try:
+            fast = _index.BpeEncoder(model)  # first: it looks where the library trusts
             self._model.LoadFromSerializedProto(model)
-            fast = _index.BpeEncoder(model)
             first = self._model.encode(b"a")[:1]
             adds_space = bool(first) and str(self._model.id_to_piece(first[0])).startswith(SPACE)
         except (RuntimeError, UnicodeDecodeError, DataError) as error:
-            raise DataError(f"{path}: is not a SentencePiece model; give one that SentencePiece has trained") from error
+            raise DataError(
+                f"{path}: is not a SentencePiece model ({error}); give one that SentencePiece has trained"
+            ) from error
         self._fast = None if fast.refusal else fast
         self.encoder = f"sentencepiece ({fast.refusal})" if fast.refusal else "megapoly"
         self.vocabulary = int(self._model.vocab_size())
         self.eod = int(self._model.piece_to_id("</s>"))
-        if not self._model.is_control(self.eod):
+        if ends and not self._model.is_control(self.eod):
             raise DataError(f"{path}: has no control piece </s>, which ends documents; train it with one")
         # Text may hold the very character that stands for a space. Its bytes keep the two apart, where there are byte
         # pieces and splitting the text adds no space.
@@ -54,17 +59,17 @@ class Tokenizer:
         self._mark: list[int] = [] if adds_space or not all(map(self._model.is_byte, mark)) else mark
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, ends: bool = True) -> Tokenizer:
         """Load a SentencePiece model file.
 
         Raises:
-            DataError: the file is missing, or is not such a model, or has no ``</s>``.
+            DataError: the file is missing, or is not such a model, or has no ``</s>`` and ``ends`` is set.
         """
         try:
             model = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); give a SentencePiece .model file") from error
-        return cls(Path(path), model)
+        return cls(Path(path), model, ends)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text], threads=1)[0]
@@ -75,9 +80,12 @@ class Tokenizer:
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
 
     def encode_flat(
-        self, texts: Sequence[str], threads: int = 0
+        self, texts: Sequence[str], threads: int = 0, by_library: bool = False
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Ids of n texts on ``threads`` threads (0: one for each core). No begin or end piece is added.
+
+        Args:
+            by_library: SentencePiece's own encoder does the work, to check ours.
 
         Returns:
             The ids of all texts one after another, and [n] how many each text has.
@@ -86,9 +94,9 @@ class Tokenizer:
             DataError: a text holds half a surrogate pair.
         """
         if not self._mark or not any(SPACE in text for text in texts):
-            return self._encode(texts, threads)
+            return self._encode(texts, threads, by_library)
         parts = [text.split(SPACE) for text in texts]
-        ids, lengths = self._encode([part for text in parts for part in text], threads)
+        ids, lengths = self._encode([part for text in parts for part in text], threads, by_library)
         encoded = iter(np.split(ids, np.cumsum(lengths)[:-1]))
         joined: list[npt.NDArray[np.int32]] = []
         ends = np.zeros(len(texts), np.int64)
@@ -101,8 +109,10 @@ class Tokenizer:
             joined += pieces
         return np.concatenate(joined), ends
 
-    def _encode(self, texts: Sequence[str], threads: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        if self._fast is not None:
+    def _encode(
+        self, texts: Sequence[str], threads: int, by_library: bool
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        if self._fast is not None and not by_library:
             return self._fast.encode(texts, threads or os.cpu_count() or 1)
         try:
             encoded = self._model.encode([text.encode() for text in texts], num_threads=threads or -1)

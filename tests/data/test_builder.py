@@ -311,11 +311,12 @@ def test_commands_from_text_to_a_verified_dataset(tmp_path, corpus, capsys):
     model, prefix = tmp_path / "t.model", tmp_path / "d"
     code, shown = run(capsys, "tokenizer", "train", "--output", model, "--vocabulary", 400, f"xx={corpus[0]}")
     assert (code, "400 ids, 1 languages" in shown.out) == (0, True)
-    code, shown = run(capsys, "tokenizer", "report", model, f"xx={corpus[0]}", "--json", tmp_path / "rows.json")
+    options = ("--model", model, "--json", tmp_path / "rows.json")
+    code, shown = run(capsys, "tokenizer", "report", *options, f"xx={corpus[0]}")
     written = json.loads((tmp_path / "rows.json").read_text())
     assert code == 0
     assert set(written) == {"device", "versions", "rows"}
-    assert written["rows"][0]["name"] == "xx"
+    assert written["rows"][0]["name"] == "t, xx: bytes per token"
     assert f"{written['rows'][0]['value']:.3f}" in shown.out
     code, shown = run(
         capsys,
@@ -356,7 +357,7 @@ def test_an_error_is_one_message_and_no_traceback(tmp_path, corpus, capsys):
     assert shown.out == ""
     assert shown.err.startswith(f"error: {tmp_path}/[absent].bin: cannot be read")
     assert shown.err.count("\n") == 1
-    code, shown = run(capsys, "tokenizer", "report", tmp_path / "absent.model", "noequals")
+    code, shown = run(capsys, "tokenizer", "report", "--model", tmp_path / "absent.model", f"xx={corpus[0]}")
     assert code == 1
     assert "absent.model: cannot be read" in shown.err
 

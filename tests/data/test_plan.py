@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapoly.data import plan as plan_module
+from megapoly.data import segments as segments_module
 from megapoly.data.permutation import derive_key, permute
-from megapoly.data.plan import BLOCK, Plan, Segment, Source, check_datasets, plan_from_config
+from megapoly.data.plan import Plan, check_datasets, plan_from_config
+from megapoly.data.segments import BLOCK, Segment, Source
 from megapoly.errors import DataError
 from tests.data.small import FakeDataset, make_config
 
@@ -136,7 +137,7 @@ def plans(draw):
     count = draw(st.integers(1, 5))
     sources = [source(f"s{i}", draw(st.integers(1, 12)), draw(st.integers(0, SEQUENCE - 1))) for i in range(count)]
     stages = draw(stages_of([s.name for s in sources]))
-    with mock.patch.object(plan_module, "BLOCK", draw(st.sampled_from([7, 32]))):
+    with mock.patch.object(segments_module, "BLOCK", draw(st.sampled_from([7, 32]))):
         return Plan.build(stages, sources, sequence=SEQUENCE, seed=draw(st.integers(0, 2**63)))
 
 

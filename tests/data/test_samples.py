@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from megapoly.data import _index
 from megapoly.data.indexed import IndexedDataset
-from megapoly.data.plan import Plan, Source
+from megapoly.data.plan import Plan
 from megapoly.data.samples import read, validation
+from megapoly.data.segments import Source
 from megapoly.errors import DataError
 from tests.data.ondisk import write
 from tests.data.small import CODES, FakeDataset, expected_row, write_megatron

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from megapoly.data import tokenizer_training as module
 from megapoly.data.builder import build
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.readers import BadRecords
 from megapoly.data.tokenizer import Tokenizer, check_matches
-from megapoly.data.tokenizer_report import report
 from megapoly.data.tokenizer_training import sampling_rates, train_tokenizer
 from megapoly.errors import DataError
 
@@ -188,6 +188,17 @@ def test_bad_training_input(corpus, tmp_path):
     assert not output.exists()
 
 
+def test_bad_records_are_counted_once_and_change_nothing(corpus, tokenizer, tmp_path):
+    """The text is read twice, for its size and for training."""
+    damaged = {**corpus, "de": [tmp_path / "de.jsonl"]}
+    damaged["de"][0].write_bytes(b"bad\n" + corpus["de"][0].read_bytes() + b'{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"de\.jsonl, line 1: is not JSON"):
+        train_tokenizer(damaged, tmp_path / "t.model", vocabulary=500)
+    bad = BadRecords("skip")
+    assert train_tokenizer(damaged, tmp_path / "t.model", vocabulary=500, bad=bad).sha256 == tokenizer.sha256
+    assert bad.counts == {"not JSON": 1, "not UTF-8": 1}
+
+
 # Loading
 
 
@@ -207,6 +218,8 @@ def test_a_model_without_an_end_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(DataError, match=r"t\.model: has no control piece </s>"):
         Tokenizer.load(tmp_path / "t.model")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    assert Tokenizer.load(tmp_path / "t.model", ends=False).encode("some text") == own.encode("some text")
 
 
 def test_a_foreign_model_encodes_as_sentencepiece_does(tmp_path):
@@ -221,26 +234,7 @@ def test_a_foreign_model_encodes_as_sentencepiece_does(tmp_path):
         assert loaded.encode(text) == own.encode(text)
 
 
-# Report and match
-
-
-def test_report_counts(corpus, tokenizer):
-    rows = report(tokenizer, corpus)
-    assert [row.language for row in rows] == list(corpus)
-    for row in rows:
-        texts = [json.loads(line)["text"] for line in corpus[row.language][0].read_text().splitlines()]
-        encoded = [tokenizer.encode(text) for text in texts]
-        assert (row.documents, row.bytes) == (60, sum(len(text.encode()) for text in texts))
-        assert row.tokens == sum(map(len, encoded))
-        assert row.bytes_per_token == pytest.approx(row.bytes / row.tokens)
-        assert row.byte_tokens == sum(3 <= i < 259 for ids in encoded for i in ids) >= 60 * 3  # newlines
-        assert row.bytes_per_token > 2
-
-
-def test_report_of_nothing(tmp_path, tokenizer):
-    (tmp_path / "x.jsonl").touch()
-    with pytest.raises(DataError, match="language 'xx': no document"):
-        report(tokenizer, {"xx": [tmp_path / "x.jsonl"]})
+# Match
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(corpus, tokenizer, tmp_path):

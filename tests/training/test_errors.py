@@ -143,6 +143,19 @@ def test_a_tokenizer_of_another_dataset(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_another_tokenizer_is_refused_on_resume(folder: Path, tmp_path: Path) -> None:
+    """Of datasets from elsewhere, without .json, only the checkpoint knows the tokenizer."""
+    toml = folder / "run.toml"
+    for language in ("en", "ru"):
+        (folder / f"{language}.json").unlink()
+    go(toml, tmp_path / "run")
+    files = {language: [folder / f"{language}.jsonl"] for language in ("en", "ru")}
+    other = train_tokenizer(files, folder / "other.model", vocabulary=323, alpha=1)
+    with pytest.raises(DataError, match=r"other\.model: is not the tokenizer that .*step-00000002 was trained with"):
+        go(toml, tmp_path / "run", f"data.tokenizer={str(other.path)!r}", resume="always", stop_step=3)
+    go(toml, tmp_path / "run", resume="always", stop_step=3)
+
+
 def test_a_vocabulary_smaller_than_the_tokenizer(toml: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.vocabulary 100 is less than the 323 pieces"):
         go(toml, tmp_path / "run", "model.vocabulary=100")
