@@ -1,4 +1,4 @@
-"""The input of a build in pieces, of each of which becomes one part. No torch.
+"""The input of a build in pieces, each of which becomes one part. No torch.
 
 Pieces depend on the files and on nothing else: not on the number of processes, nor on what was built before. Small
 files are put together in one piece; a large one is cut where a record ends.
@@ -22,9 +22,10 @@ PIECE_BYTES = 32 << 20  # of the input, without compression
 
 @dataclass(frozen=True)
 class Span:
-    """Chunks ``first`` to before ``stop`` of a file; all of the rest where there is no ``stop``."""
+    """Chunks ``first`` to before ``stop`` of a file, of ``size`` bytes there; all of the rest without a ``stop``."""
 
     path: Path
+    size: int
     first: int = 0
     stop: int | None = None
 
@@ -41,12 +42,14 @@ class Piece:
         number: counted from 0.
         span: where it begins, if that is at the begin of a span: the number of that.
         read: bytes that it takes in the files.
+        size: bytes without compression, as far as they are known.
     """
 
     number: int
     span: int | None
     chunks: tuple[Chunk, ...]
     read: int
+    size: int
 
     def __str__(self) -> str:
         first, last = self.chunks[0], self.chunks[-1]
@@ -63,19 +66,19 @@ def cut(spans: Sequence[Span], given: Input, number: int = 0, span: int = 0) -> 
     """
     held: list[Chunk] = []
     begin: int | None = None
-    read = weight = 0
+    read = size = 0
     for i in range(span, len(spans)):
         for k, (chunk, taken) in enumerate(spans[i].chunks(given)):
             if not held:
                 begin = None if k else i
             held.append(chunk)
             read += taken
-            weight += taken if chunk.data is None else len(chunk.data)
-            if weight >= PIECE_BYTES:
-                yield Piece(number, begin, tuple(held), read)
-                held, read, weight, number = [], 0, 0, number + 1
+            size += taken if chunk.data is None else len(chunk.data)
+            if size >= PIECE_BYTES:
+                yield Piece(number, begin, tuple(held), read, size)
+                held, read, size, number = [], 0, 0, number + 1
     if held:
-        yield Piece(number, begin, tuple(held), read)
+        yield Piece(number, begin, tuple(held), read, size)
 
 
 def divide(files: Sequence[Path], given: Input, shard: Shard) -> list[Span]:
@@ -87,22 +90,22 @@ def divide(files: Sequence[Path], given: Input, shard: Shard) -> list[Span]:
     Raises:
         DataError: there are fewer files and chunks than shards, or a file cannot be read.
     """
-    if shard.count == 1:
-        return [Span(path) for path in files]
-    units: list[tuple[Span, int]] = []
+    units: list[Span] = []
     for path in files:
-        if compression(path):
-            units.append((Span(path), open_reader(path, given).size))
+        if shard.count == 1 or compression(path):
+            units.append(Span(path, open_reader(path, given).size))
         else:
             sizes = [taken for _, taken in _measured(path, given)]
-            units += [(Span(path, i, i + 1), size) for i, size in enumerate(sizes)]
+            units += [Span(path, size, i, i + 1) for i, size in enumerate(sizes)]
+    if shard.count == 1:
+        return units
     if len(units) < shard.count:
         raise DataError(
             f"shard {shard}: the input has {len(units)} files and chunks, of which every shard takes at least one; a"
             f" compressed file is one, of another every {PIECE_BYTES >> 20} MB are; build at most {len(units)} shards"
         )
-    first, stop = _share([weight for _, weight in units], shard)
-    return _joined([span for span, _ in units[first:stop]])
+    first, stop = _share([span.size for span in units], shard)
+    return _joined(units[first:stop])
 
 
 def _share(weights: Sequence[int], shard: Shard) -> tuple[int, int]:
@@ -122,7 +125,8 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
     joined: list[Span] = []
     for span in spans:
         if joined and span.stop is not None and (joined[-1].path, joined[-1].stop) == (span.path, span.first):
-            joined[-1] = Span(span.path, joined[-1].first, span.stop)
+            last = joined.pop()
+            joined.append(Span(span.path, last.size + span.size, last.first, span.stop))
         else:
             joined.append(span)
     return joined

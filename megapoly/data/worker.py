@@ -1,13 +1,16 @@
 """Processes that encode pieces. No torch.
 
-A worker is a new interpreter, ``python -m megapoly.data.worker``, which talks over a socket: so it starts quickly, needs
-no guard in the caller's script, and its end, whatever its cause, ends the conversation. The other way round it ends at
-once when its parent does. It is in a session of its own, so that Ctrl-C reaches the parent only.
+A worker is a new interpreter, which talks over a socket: so it starts quickly, needs no guard in the caller's script,
+and its end, whatever its cause, ends the conversation. The other way round it ends at once when its parent does. It is
+in a session of its own, so that Ctrl-C reaches the parent only.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +26,9 @@ from megapoly.data.encode import Encoder
 from megapoly.data.pieces import Piece
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, MegapolyError
+
+# Modules are found where the parent finds them.
+_START = "import sys; sys.path[:] = sys.argv[2:]; from megapoly.data import worker; worker.main(int(sys.argv[1]))"
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,8 @@ class Workers:
     def _start(self) -> Connection:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            arguments = [sys.executable, "-m", "megapoly.data.worker", str(theirs.fileno())]
-            # The parent may have found its modules where an interpreter alone does not look.
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             process = subprocess.Popen(
-                arguments,
-                env=environment,
+                [sys.executable, "-c", _START, str(theirs.fileno()), *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), *self._keep),
@@ -134,13 +136,33 @@ class Workers:
         process = self._processes[connection]
         code = process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        out = "; the machine may be out of memory, which fewer processes need less of" if code == -9 else ""
+        if code == errno.ENOMEM:
+            how = "ran out of memory"
+        hint = "; the machine may be out of memory, of which fewer --processes need less"
         piece = self._busy.get(connection)
-        return DataError(f"{piece or 'a worker'}: worker process {process.pid}, which encoded this, {how}{out}")
+        return DataError(
+            f"{piece or 'the next piece'}: worker process {process.pid}, which was to encode this, {how}"
+            f"{hint if code in (-signal.SIGKILL, errno.ENOMEM) else ''}; the same command goes on from what is whole"
+        )
 
 
-def serve(connection: Connection) -> None:
-    """Encode what comes until the parent ends."""
+def main(descriptor: int) -> None:
+    """Encode what comes until the parent ends; what fails is told to it."""
+    connection = Connection(descriptor)
+    _end_with_parent(descriptor)
+    try:
+        _serve(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        sys.exit(1)  # the parent is gone
+    except MemoryError:
+        sys.exit(errno.ENOMEM)
+    except MegapolyError as error:
+        connection.send(error)
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+def _serve(connection: Connection) -> None:
     setup: Setup = connection.recv()
     tokenizer = Tokenizer.load(setup.model)
     if tokenizer.sha256 != setup.sha256:
@@ -148,32 +170,18 @@ def serve(connection: Connection) -> None:
     encoder = Encoder(tokenizer, setup.language, setup.options)
     while True:
         prefix, piece = connection.recv()
-        made = encoder.write(piece.chunks, prefix, lambda documents, size: connection.send(Done(documents, size, False)))
-        del piece, made  # before the next one takes as much
+        encoder.write(piece.chunks, prefix, lambda documents, size: connection.send(Done(documents, size, False)))
+        del piece  # before the next one takes as much
         connection.send(Done(0, 0, True))
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the last other process that holds the other end of a pipe has ended."""
+def _end_with_parent(descriptor: int) -> None:
+    """End this process, in the middle of a piece too, when nobody holds the other end of the socket any more."""
+    ended = select.poll()
+    ended.register(descriptor, 0)  # of what is always told: that the other end is closed
 
     def watch() -> None:
-        os.read(parent, 1)
+        ended.poll()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def main(descriptor: int) -> None:
-    connection = Connection(descriptor)
-    try:
-        serve(connection)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        sys.exit(1)  # the parent is gone
-    except MegapolyError as error:
-        connection.send(error)
-    except Exception:
-        connection.send(traceback.format_exc())
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
