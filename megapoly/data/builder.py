@@ -44,14 +44,15 @@ class Progress:
 
     Attributes:
         documents, bytes: of text, that have been encoded, those of interrupted runs too.
-        kept: the bytes of interrupted runs among them.
+        kept_documents, kept_bytes: those of interrupted runs among them.
         input_read, input_size: bytes of the input files, in all the shard's share.
         assembled, to_assemble: bytes that are put together when all is encoded; 0 before that.
     """
 
     documents: int = 0
     bytes: int = 0
-    kept: int = 0
+    kept_documents: int = 0
+    kept_bytes: int = 0
     input_read: int = 0
     input_size: int = 0
     assembled: int = 0
@@ -103,37 +104,45 @@ class _Tally:
 
     def __init__(self, input_size: int, show: Show) -> None:
         self._size, self._show = input_size, show
-        self._documents = self._bytes = self._kept = self._read = 0
-        self._inside: dict[int, int] = {}  # bytes of text of the pieces that are not whole
+        self._documents = self._bytes = self._kept_documents = self._kept_bytes = self._read = 0
+        self._pieces: dict[int, int] = {}  # bytes of text so far of those that are not whole
 
     def keep(self, side: Sidecar) -> None:
-        """Count a part of an interrupted run, of which records that were skipped are not."""
+        """Count what a part of an interrupted run holds."""
         self._documents += side.documents
         self._bytes += side.bytes
-        self._kept += side.bytes
+        self._kept_documents += side.documents
+        self._kept_bytes += side.bytes
 
     def read(self, size: int) -> None:
         """Count bytes of the input whose documents are counted already."""
         self._read += size
-        self._show(self.state())
+        self._tell()
 
     def piece(self, piece: Piece, done: Done) -> None:
         """Count what a piece has become since the last time."""
         self._documents += done.documents
         self._bytes += done.bytes
-        self._inside[piece.number] = self._inside.get(piece.number, 0) + done.bytes
+        before = self._pieces.pop(piece.number, 0)
         if done.whole:
-            self._read += piece.read
-            del self._inside[piece.number]
-        inside = self._inside.get(piece.number, 0)
-        self._show(self.state(piece.read * min(inside, piece.size) // piece.size if piece.size else 0))
+            self._read += piece.read - _share(piece, before)
+        else:
+            self._pieces[piece.number] = before + done.bytes
+            self._read += _share(piece, before + done.bytes) - _share(piece, before)
+        self._tell()
 
     def assembled(self, done: int, total: int) -> None:
-        self._show(self.state(0, done, total))
+        self._tell(done, total)
 
-    def state(self, ahead: int = 0, assembled: int = 0, to_assemble: int = 0) -> Progress:
-        read = self._read + ahead
-        return Progress(self._documents, self._bytes, self._kept, read, self._size, assembled, to_assemble)
+    def _tell(self, assembled: int = 0, to_assemble: int = 0) -> None:
+        kept = (self._kept_documents, self._kept_bytes)
+        read = (self._read, self._size)
+        self._show(Progress(self._documents, self._bytes, *kept, *read, assembled, to_assemble))
+
+
+def _share(piece: Piece, text: int) -> int:
+    """About how many bytes of the input so many bytes of text of a piece were."""
+    return piece.read * min(text, piece.size) // max(piece.size, 1)
 
 
 class _Encoding:

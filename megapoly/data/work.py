@@ -24,6 +24,7 @@ from megapoly.data.documents import Options
 from megapoly.data.files import write_whole
 from megapoly.data.indexed import part
 from megapoly.data.merge import Assembly
+from megapoly.data.naming import NewDataset
 from megapoly.data.pieces import PIECE_BYTES
 from megapoly.data.sidecar import Sidecar
 from megapoly.data.tokenizer import Tokenizer
@@ -203,6 +204,18 @@ class Work:
             return False
         side = Sidecar.read(path)
         return side is not None and not side.documents
+
+    def sidecar(self, number: int) -> Sidecar:
+        """What is told of a whole part."""
+        side = Sidecar.read(part(self.part(number), ".json"))
+        if side is None:
+            raise DataError(f"{self.part(number)}.json: has gone; leave the folder alone, or build with --overwrite")
+        return side
+
+    def hand_over(self, number: int, new: NewDataset) -> None:
+        """Give the files of a part to a new dataset, under its temporary names; the part is none any more."""
+        os.replace(part(self.part(number), ".idx"), new.idx)
+        os.replace(part(self.part(number), ".bin"), new.bin)
 
     def begins(self, number: int, span: int) -> None:
         """Note that a part begins with a span, so that a later run can begin there."""
