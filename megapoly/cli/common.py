@@ -55,10 +55,11 @@ def make_bar(name: str, speed: str | None = None) -> Iterator[tuple[Progress, An
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     shown = f"{{task.fields[{speed}]}}" if speed else TransferSpeedColumn()
+    fields: dict[str, Any] = {speed: ""} if speed else {}
     columns = ("{task.description}", BarColumn(), DownloadColumn(), shown, TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar, bar.add_task(name, total=None, **({speed: ""} if speed else {}))
+        yield bar, bar.add_task(name, total=None, **fields)
 
 
 def describe_assembly(made: Sidecar) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megapoly.cli.common import Deduplicate, MemoryMb, Overwrite, Pack, Shuffle, describe_assembly, make_bar
+from megapoly.cli.common import Deduplicate, MemoryMb, Pack, Shuffle, describe_assembly, make_bar
 from megapoly.cli.inputs import BadPolicy, DocumentUnit
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ The input is cut into pieces (:mod:`megapoly.data.pieces`). Each becomes a datas
 dataset at PREFIX (:mod:`megapoly.data.merge`), and the folder goes. So its bytes depend on the input and the options
 alone, not on processes, threads or interruptions.
 
-**Memory**: every process holds a piece of 32 MiB of the input, once or twice, and what a batch of 4 MiB of text becomes:
-300 MB at most, of records of up to 1 MB; the longest record that is read, of 128 MiB, needs ten times its size. Of a
-Parquet file it is 256 rows. What ``assembly`` needs has a bound of its own. **Disk**: the tokens twice, once in the
-work folder, and as often as :class:`~megapoly.data.merge.Assembly` says.
+**Memory**: every process holds a piece of 32 MiB of a compressed input, once or twice, and what a batch of 4 MiB of
+text becomes: 300 MB at most, of records of up to 1 MB; the longest record that is read, of 128 MiB, needs ten times its
+size. Of a Parquet file it is 256 rows. What ``assembly`` needs has a bound of its own. **Disk**: the tokens twice, the
+second time in the work folder, and what :class:`~megapoly.data.merge.Assembly` says besides.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ class _Encoding:
         for number in whole:
             self._tally.keep(self._work.sidecar(number))
         first, span = self._work.start(whole)
-        self._tally.read(sum(each.size for each in spans[:span]))
+        if span:
+            self._tally.read(sum(each.size for each in spans[:span]))
         for piece in cut(spans, self._options.input, first, span):
             if piece.span is not None:
                 self._work.begins(piece.number, piece.span)

@@ -40,6 +40,9 @@ class Shard:
         return f"{self.number}/{self.count}"
 
 
+_PLAIN = Assembly()
+
+
 @dataclass(frozen=True)
 class Options:
     """How records are read, split and put together.
@@ -71,7 +74,7 @@ class Options:
     validation_fraction: float = 0.001
     seed: int = 1234
     shard: Shard = Shard()
-    assembly: Assembly = Assembly()
+    assembly: Assembly = _PLAIN
     processes: int = 0
     threads: int = 0
     overwrite: bool = False

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import pydantic
 
 import megapoly
+from megapoly.data import pieces
 from megapoly.data.documents import Options
 from megapoly.data.files import write_whole
 from megapoly.data.indexed import part
 from megapoly.data.merge import Assembly
 from megapoly.data.naming import NewDataset
-from megapoly.data.pieces import PIECE_BYTES
 from megapoly.data.sidecar import Sidecar
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
@@ -76,7 +76,7 @@ class Job(pydantic.BaseModel, frozen=True):
             tool=f"megapoly {megapoly.__version__}",
             language=language,
             tokenizer=tokenizer.sha256,
-            piece_bytes=PIECE_BYTES,
+            piece_bytes=pieces.PIECE_BYTES,
             options={
                 "fields": list(options.fields),
                 "pairs": options.pairs,
@@ -169,7 +169,7 @@ class Work:
             self.finished = named and self._mark.exists() and self._mark.read_text() == repr(assembly)
             present = [".idx"] if named and not self.finished else []
         else:
-            present = [suffix for suffix in (".bin", ".idx", ".json") if part(self.prefix, suffix).exists()]
+            present = [suffix for suffix in (".bin", ".json", ".idx") if part(self.prefix, suffix).exists()]
         if present and not overwrite:
             paths = ", ".join(str(part(self.prefix, suffix)) for suffix in present)
             raise DataError(f"{paths}: exists already; choose another name or overwrite it")
