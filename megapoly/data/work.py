@@ -149,8 +149,8 @@ class Work:
         except OSError as error:
             raise DataError(f"{prefix}: cannot be written ({error})") from error
         finally:
-            if folder.exists() and not work.whole():
-                work.remove()
+            if folder.exists():
+                work.leave()
             os.close(lock)
 
     def _begin(self, job: Job, assembly: Assembly, overwrite: bool) -> None:
@@ -239,8 +239,18 @@ class Work:
         """Note that all parts are whole: what gets the name of the dataset from now on is this build's."""
         write_whole(self._mark, repr(assembly).encode())
 
+    def leave(self) -> None:
+        """Keep what is whole for a later run."""
+        for path in self.folder.glob("*.partial"):
+            path.unlink()
+        if not self.whole():
+            self.remove()
+
     def remove(self) -> None:
-        """Remove the folder; the job goes first, so that nobody takes the rest for a build."""
+        """Remove the folder; the job goes last, so that a build that is killed meanwhile is still known to be done."""
+        for path in self.folder.iterdir():
+            if path.name not in ("job.json", self._mark.name, "lock"):
+                path.unlink()
         (self.folder / "job.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder)
 

@@ -17,7 +17,6 @@ from megapoly.data.indexed import IndexedDataset
 from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.data.verify import verify
 from megapoly.errors import ConfigError, DataError
-
 from tests.data.building import GERMAN, WORDS, documents, sentence, write_lines
 
 
