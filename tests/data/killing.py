@@ -62,8 +62,8 @@ def rounds(inputs, folder, tokenizer, count, seed):
     plain = Options(document="line", validation_fraction=0.1)
     kinds = (
         replace(plain, processes=1, threads=1),
-        replace(plain, processes=2),
         replace(plain, processes=1, assembly=Assembly(deduplicate=True, shuffle=7)),
+        replace(plain, processes=2),
     )
     spent = {}
     for number in range(-len(kinds), count):
@@ -71,8 +71,7 @@ def rounds(inputs, folder, tokenizer, count, seed):
         begun, kills = time.monotonic(), 0
         while True:
             child = start(inputs, folder / "d", tokenizer, options)
-            # Short first lives, so that many kinds of half-done work are taken up.
-            after = draw.uniform(0, 1.1 * spent[options] * (1 if kills > 2 else 0.6)) if number >= 0 else 600
+            after = draw.uniform(0, (0.8 + 0.2 * kills) * spent[options]) if number >= 0 else 600
             code = end(child, after)
             if code == 0:
                 break
