@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
 from megapoly.data.documents import Options, Shard, held_out
@@ -24,7 +24,7 @@ from megapoly.data.encode import Encoder
 from megapoly.data.indexed import part
 from megapoly.data.merge import Assembly, merge
 from megapoly.data.naming import new_dataset
-from megapoly.data.pieces import Piece, Span, cut, divide
+from megapoly.data.pieces import Piece, Span, cut, divide, most_pieces
 from megapoly.data.readers import expand
 from megapoly.data.sidecar import Sidecar
 from megapoly.data.skipped import join_skipped
@@ -155,14 +155,16 @@ class _Encoding:
     def run(self, spans: Sequence[Span]) -> None:
         """Make all parts."""
         todo = self._missing(spans)
-        ahead = [piece for _, piece in zip(range(2), todo)]
-        processes = self._options.processes or _cores()
-        if processes == 1 or len(ahead) < 2:
-            self._alone(chain(ahead, todo))
+        ahead = list(islice(todo, 2))
+        single = len(ahead) < 2
+        todo = _handed_over(ahead, todo)
+        processes = min(self._options.processes or _cores(), most_pieces(spans))
+        if processes == 1 or single:
+            self._alone(todo)
             return
         setup = Setup(self._tokenizer.path, self._tokenizer.sha256, self._language, self._options)
         with Workers(processes, setup, (self._work.lock,)) as workers:
-            workers.run(chain(ahead, todo), lambda piece: self._work.part(piece.number), self._tally.piece)
+            workers.run(todo, lambda piece: self._work.part(piece.number), self._tally.piece)
 
     def _missing(self, spans: Sequence[Span]) -> Iterator[Piece]:
         """The pieces of which there is no whole part."""
@@ -189,6 +191,14 @@ class _Encoding:
 
             encoder.write(piece.chunks, self._work.part(piece.number), tell)
             self._tally.piece(piece, Done(0, 0, True))
+            piece = piece.without_text()  # before the next one takes as much
+
+
+def _handed_over(ahead: list[Piece], todo: Iterator[Piece]) -> Iterator[Piece]:
+    """All of both; what has been given is not held."""
+    while ahead:
+        yield ahead.pop(0)
+    yield from todo
 
 
 def _assemble(work: Work, options: Options, inputs: Sequence[Path | str], tally: _Tally) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -55,7 +55,12 @@ class Piece:
         first, last = self.chunks[0], self.chunks[-1]
         if first.path != last.path:
             return f"{first.path} to {last.path}"
-        return f"{first.path}, from {f'byte {first.start}' if first.data is None else f'line {first.first}'} on"
+        at = f"byte {first.start}" if first.start and first.first == 1 else f"record {first.first}"
+        return f"{first.path}, from {at} on"
+
+    def without_text(self) -> Piece:
+        """What is to be known of a piece that has been handed on."""
+        return replace(self, chunks=tuple(replace(chunk, data=None) for chunk in self.chunks))
 
 
 def cut(spans: Sequence[Span], given: Input, number: int = 0, span: int = 0) -> Iterator[Piece]:
@@ -79,6 +84,12 @@ def cut(spans: Sequence[Span], given: Input, number: int = 0, span: int = 0) -> 
                 held, read, size, number = [], 0, 0, number + 1
     if held:
         yield Piece(number, begin, tuple(held), read, size)
+
+
+def most_pieces(spans: Sequence[Span]) -> int:
+    """About how many pieces there may be, at most: text is seldom compressed to less than an eighth."""
+    size = sum(span.size * (8 if compression(span.path) else 1) for span in spans)
+    return size // PIECE_BYTES + 1
 
 
 def divide(files: Sequence[Path], given: Input, shard: Shard) -> list[Span]:

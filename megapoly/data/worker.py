@@ -64,6 +64,12 @@ class Workers:
         self._busy: dict[Connection, Piece] = {}
 
     def __enter__(self) -> Workers:
+        try:
+            for _ in range(self._count):  # at once: an interpreter takes a while to begin
+                self._start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,19 +91,18 @@ class Workers:
         """
         coming = next(pieces, None)
         while coming is not None or self._busy:
-            idle = [connection for connection in self._processes if connection not in self._busy]
-            if coming is not None and (idle or len(self._processes) < self._count):
-                connection = idle[0] if idle else self._start()
-                self._busy[connection] = coming
-                self._send(connection, (where(coming), coming))
+            idle = next((each for each in self._processes if each not in self._busy), None)
+            if coming is not None and idle is not None:
+                self._busy[idle] = coming.without_text()
+                self._send(idle, (where(coming), coming))
                 coming = next(pieces, None)
-                # What has been said meanwhile is heard at once, and nothing is waited for.
+            # What has been said meanwhile is heard; it is waited for where nothing else is to be done.
             able = coming is not None and len(self._busy) < self._count
             for ready in wait(list(self._busy), timeout=0 if able else None):
                 assert isinstance(ready, Connection)
                 self._hear(ready, progress)
 
-    def _start(self) -> Connection:
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             process = subprocess.Popen(
@@ -110,7 +115,6 @@ class Workers:
             connection = Connection(ours.detach())
         self._processes[connection] = process
         self._send(connection, self._setup)
-        return connection
 
     def _send(self, connection: Connection, message: object) -> None:
         try:
