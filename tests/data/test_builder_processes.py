@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,17 @@ def test_bad_records_of_all_pieces_are_counted_with_their_lines(tmp_path, tokeni
     with pytest.raises(DataError, match=r"(a|b|c|d)\.jsonl(\.gz)?, line \d*[05]?[71]: (is|field)"):
         build([folder], tmp_path / "stopped", tokenizer, language="xx", options=options)
     assert not list(tmp_path.glob("stopped.*[!d]"))
+
+
+def test_a_dataset_among_its_text(tmp_path, corpus, tokenizer):
+    folder = tmp_path / "text"
+    shutil.copytree(corpus[0], folder)
+    (folder / "out").mkdir()
+    for prefix in (folder / "d", folder / "out" / ".." / "d", folder / "out" / "d"):
+        with pytest.raises(DataError, match=r"/d: lies in .*text, all of which is read; choose another place"):
+            build([folder], prefix, tokenizer, language="xx", options=LINES)
+    build([folder / "a.jsonl"], folder / "d", tokenizer, language="xx", options=LINES)
+    assert len(documents(folder / "d")) == 200
 
 
 def test_nothing_but_bad_records(tmp_path, tokenizer):
