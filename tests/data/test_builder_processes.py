@@ -66,7 +66,7 @@ def test_a_single_piece_is_not_copied(tmp_path, corpus, tokenizer, monkeypatch, 
     assert len(documents(tmp_path / "d")) == 200
 
 
-@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("count", [3, 7])
 def test_shards_merge_to_one_build(tmp_path, corpus, tokenizer, count):
     folder = corpus[0]
     build([folder], tmp_path / "one", tokenizer, language="xx", options=LINES)
@@ -93,7 +93,7 @@ def test_more_shards_than_there_is_to_share(tmp_path, corpus, tokenizer):
 
 @pytest.mark.parametrize(
     "assembly",
-    [Assembly(deduplicate=True), Assembly(shuffle=3), Assembly(deduplicate=True, shuffle=5, pack=64, memory_mb=300)],
+    [Assembly(deduplicate=True), Assembly(deduplicate=True, shuffle=5, pack=64, memory_mb=300)],
 )
 @pytest.mark.parametrize("copies", [1, 3])
 def test_documents_are_put_together_as_merge_does(tmp_path, corpus, tokenizer, assembly, copies):
