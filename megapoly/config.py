@@ -20,6 +20,8 @@ from megapoly.errors import ConfigError
 
 __all__ = ["Config", "Data", "Layout", "Model", "Optimizer", "Stability", "Train", "load", "parse"]
 
+_CURRICULUM = ("sources", "stages", "max_epochs", "over_epochs")
+
 
 class Config(Schema):
     """A run, from its TOML file."""
@@ -50,15 +52,22 @@ class Config(Schema):
     def identity(self) -> dict[str, Any]:
         """The part of :meth:`document` that defines the logical run and may not change inside it.
 
-        Layout, saving and logging are free to change; so are paths: datasets and tokenizer are known by content.
+        Layout, saving and logging are free to change; so is the curriculum (:meth:`curriculum`), by an edit of the
+        plan; so are paths: datasets and tokenizer are known by content.
         """
         document = self.document()
         kept = {key: document[key] for key in ("model", "data", "train", "optimizer")}
         kept["train"].pop("directory")
-        kept["data"].pop("tokenizer")
-        for source in kept["data"]["sources"].values():
-            source.pop("path")
+        for key in ("tokenizer", *_CURRICULUM):
+            kept["data"].pop(key)
         return kept
+
+    def curriculum(self) -> dict[str, Any]:
+        """The part of :meth:`document` that may change inside a run, from where it is resumed: what is mixed, when."""
+        data = self.document()["data"]
+        for source in data["sources"].values():
+            source.pop("path")
+        return {"data": {key: data[key] for key in _CURRICULUM}}
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:

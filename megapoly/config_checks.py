@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Sequence
 
 from megapoly.config_schema import Ramp, Schema
 from megapoly.errors import ConfigError
+from megapoly.mixture import groups_of
 
 
 def check(config: Schema) -> None:
@@ -103,17 +102,17 @@ def _check_data(config: Schema) -> None:
     names = [stage.name for stage in data.stages]
     if len(set(names)) < len(names):
         raise ConfigError(f"data.stages: two stages have one name among {names}; give each its own")
+    languages = {name: source.language for name, source in data.sources.items()}
     for i, stage in enumerate(data.stages):
         where = f"data.stages.{i} ({stage.name})"
-        for name in stage.weights:
-            if name not in data.sources:
-                near = difflib.get_close_matches(name, data.sources, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"sources: {', '.join(sorted(data.sources))}"
-                raise ConfigError(f"{where}: weight of an unknown source {name!r}; {hint}")
-        total = math.fsum(stage.weights.values())
-        if abs(total - 1) > 1e-6:
-            hint = f"divide each by {total:.9g}" if total else "give a source a weight"
-            raise ConfigError(f"{where}: the weights sum to {total:.9g}, not 1; {hint}")
+        try:
+            groups_of(stage, languages)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        if stage.gradual and not i:
+            raise ConfigError(f"{where}: gradual moves from the weights of the stage before, and there is none")
+        if stage.weights is not None and "alpha" in stage.model_fields_set:
+            raise ConfigError(f"{where}: alpha has nothing to split, since weights are of sources; remove it")
         if stage.tokens % config.step_tokens:
             below = stage.tokens // config.step_tokens * config.step_tokens
             nearest = [str(tokens) for tokens in (below, below + config.step_tokens) if tokens]
@@ -122,6 +121,10 @@ def _check_data(config: Schema) -> None:
                 f" {config.train.global_batch} x {config.train.sequence} = {config.step_tokens} tokens; set it to"
                 f" {' or '.join(nearest)}"
             )
+    if data.over_epochs == "respread" and all(
+        cap is None for cap in (data.max_epochs, *(source.max_epochs for source in data.sources.values()))
+    ):
+        raise ConfigError("data.over_epochs is set, but no cap; set data.max_epochs, or max_epochs of a source")
 
 
 def _check_schedule(config: Schema) -> None:

@@ -16,6 +16,7 @@ from megapoly.ramp import Batches, build_batches
 Share = typing.Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = typing.Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = typing.Annotated[int, Field(ge=0)]
+Alpha = typing.Annotated[float, Field(ge=0.0, le=2.0)]
 
 
 class _Section(pydantic.BaseModel):
@@ -98,20 +99,42 @@ class Source(_Section):
 
     path: Path
     language: str
+    max_epochs: PositiveFloat | None = Field(None, description="of this source, in place of data.max_epochs")
 
 
 class Stage(_Section):
-    """A part of the curriculum: so many tokens drawn by these weights."""
+    """A part of the curriculum: so many tokens of a mixture, given in one of three forms."""
 
     name: str
     tokens: PositiveInt
-    weights: dict[str, Share] = Field(min_length=1)
+    weights: dict[str, Share] | None = Field(None, min_length=1, description="share of the samples by source; sum 1")
+    languages: dict[str, Share] | None = Field(
+        None, min_length=1, description="share by language, or pattern of languages such as 'en-*' or '*'; sum 1"
+    )
+    non_english: Share | None = Field(
+        None,
+        description="share of text that is not English, of which pairs with English hold a half; what languages beside"
+        " it do not fix is split between English and the others",
+    )
+    alpha: Alpha = Field(
+        0.3,
+        description="what shares a share, languages and then sources of one, is split by training tokens to this"
+        " power: 1 in proportion, 0 equally; 0.3 is XLM-R's",
+    )
+    gradual: bool = Field(
+        False, description="weights move evenly over the stage, from those of the stage before to these"
+    )
 
 
 class Data(_Section):
     tokenizer: Path
     sources: dict[str, Source] = Field(min_length=1)
     stages: list[Stage] = Field(min_length=1)
+    max_epochs: PositiveFloat | None = Field(None, description="how often a run may read a source; no cap by default")
+    over_epochs: Literal["refuse", "respread"] = Field(
+        "refuse",
+        description="a plan above a cap: refused, or the others of the same share take the place of the source",
+    )
     separate_documents: bool = Field(False, description="no attention across documents; positions restart")
     slow_seconds: PositiveFloat = Field(10.0, description="a step that waits longer for its data says for which file")
     timeout_seconds: PositiveFloat = Field(300.0, description="a step that waits longer for its data ends the run")

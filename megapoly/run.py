@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,7 @@ from megapoly.context import ParallelContext
 from megapoly.data.files import write_whole
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.loader import open_datasets
-from megapoly.data.plan import Plan, check_datasets, plan_from_config
+from megapoly.data.plan import Plan, check_datasets, edited_plan, plan_from_config
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import Engine
 from megapoly.errors import CheckpointError, ConfigError, MegapolyError, everywhere
@@ -36,6 +36,7 @@ class Run:
 
     Attributes:
         resumed_from: the checkpoint that this start went on from.
+        edits: where its config has another curriculum than the checkpoint, lines that say so.
         saved_step: of the newest checkpoint, -1 where there is none.
         doing: what this rank is at, for its watchdog.
     """
@@ -48,6 +49,7 @@ class Run:
     tokenizer: Tokenizer
     guards: Guards
     resumed_from: Path | None
+    edits: list[str] = field(default_factory=list)
     branch: Branch = field(default_factory=Branch)
     counters: Counters = field(default_factory=Counters)
     saved_step: int = -1
@@ -114,7 +116,7 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never") 
     path = agree(context, lambda: _choose(config, resume) if context.rank == 0 else None)
     path = comm.broadcast_object(path, control)
     run = agree(context, lambda: _prepare(config, context, path))
-    if path is None:
+    if path is None or run.edits:
         agree(context, lambda: _write_config(config) if context.rank == 0 else None)
     return run
 
@@ -139,6 +141,7 @@ def _check_same(config: Config, context: ParallelContext) -> None:
     document = config.document()
     mine = {
         **config.identity(),
+        "curriculum": config.curriculum(),
         **{key: document[key] for key in ("layout", "stability", "checkpoint", "validation", "log")},
     }
     lines = state.differences(comm.broadcast_object(mine, context.control), mine, "rank 0", f"rank {context.rank}")
@@ -159,18 +162,45 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run
     if reader is not None:
         state.check_identity(reader, config)
         state.check_tokenizer(reader, tokenizer)
-        plan = Plan.from_document(reader.meta["plan"])
-        check_datasets(plan, datasets)
-    else:
-        plan = plan_from_config(config, datasets)
+    plan, edits = _plan(config, datasets, reader)
     engine = Engine(config, context)
-    run = Run(config, context, engine, plan, datasets, tokenizer, Guards(config.stability), path)
+    run = Run(config, context, engine, plan, datasets, tokenizer, Guards(config.stability), path, edits)
     if reader is None:
         engine.initialise()
     else:
         run.restore(reader)
         run.branch = Branch.restored(reader.meta.get("guards", {}).get("branch", []))
     return run
+
+
+def _plan(
+    config: Config, datasets: Mapping[str, IndexedDataset], reader: store.Reader | None
+) -> tuple[Plan, list[str]]:
+    """The plan of a new run, or of one that goes on, and what the config edits in it."""
+    if reader is None:
+        return plan_from_config(config, datasets), []
+    plan = Plan.from_document(reader.meta["plan"])
+    check_datasets(plan, datasets)
+    edits = state.curriculum_edits(reader, config)
+    if edits:
+        plan = edited_plan(plan, reader.meta["counters"]["sample"], config, datasets)
+    return plan, edits
+
+
+def plan_of_run(config: Config, datasets: Mapping[str, IndexedDataset], *, resume: bool) -> tuple[Plan, list[str]]:
+    """The data plan that a start of ``config`` would train by, and lines for people about where it comes from.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the start would refuse of the plan.
+    """
+    if not resume:
+        return _plan(config, datasets, None)
+    reader = store.Reader(state.newest(config.train.directory / CHECKPOINTS))
+    state.check_identity(reader, config)
+    plan, edits = _plan(config, datasets, reader)
+    sample = reader.meta["counters"]["sample"]
+    lines = [f"goes on from {reader.path.name}, sample {sample}" + (" with an edited curriculum:" if edits else "")]
+    return plan, [*lines, *edits]
 
 
 def _choose(config: Config, resume: Resume) -> Path | None:

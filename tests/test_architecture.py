@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. Imports run downward, or along a floor.
 FLOORS = (
     {"errors"},
-    {"config", "config_checks", "config_file", "config_schema", "mesh", "ramp", "spec"},
+    {"config", "config_checks", "config_file", "config_schema", "mesh", "mixture", "ramp", "spec"},
     {"context", "comm", "rng", "megapoly_kernels"},
     {"layers", "optim", "data", "pipeline"},
     {"models"},
@@ -34,6 +34,7 @@ WITHOUT_TORCH = (
     "errors",
     "config",
     "mesh",
+    "mixture",
     "ramp",
     "spec",
     "pipeline.actions",
@@ -44,6 +45,7 @@ WITHOUT_TORCH = (
     "pipeline.picture",
     "optim.layout",
     "optim.scaler",
+    "data.curriculum",
     "data.plan",
     "data.plan_document",
     "data.segments",

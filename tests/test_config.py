@@ -115,15 +115,20 @@ def test_documents_are_json_and_read_back(file):
 def test_identity_leaves_free_what_may_change(file):
     config = load(file)
     free = ["layout.tp=1", "layout.micro_batch=4", "log.every_steps=7", "checkpoint.keep=9", "validation.windows=3",
-            "train.directory='elsewhere'", "data.tokenizer='moved'", "data.sources.en.path='moved'"]  # fmt: skip
+            "train.directory='elsewhere'", "data.tokenizer='moved'", "data.sources.en.path='moved'",
+            "data.stages.0.tokens=25600", "data.max_epochs=100"]  # fmt: skip
     for override in free:
         other = load(file, [override])
         assert other != config
         assert other.identity() == config.identity()
-    fixed = ["model.layers=5", "train.seed=1", "train.sequence=16", "optimizer.clip=2.0", "data.stages.0.tokens=25600",
-             "data.sources.en.language='de'", "train.precision='fp64'", "data.separate_documents=true"]  # fmt: skip
+    fixed = ["model.layers=5", "train.seed=1", "train.sequence=16", "optimizer.clip=2.0",
+             "train.precision='fp64'", "data.separate_documents=true"]  # fmt: skip
     for override in fixed:
         assert load(file, [override]).identity() != config.identity()
+        assert load(file, [override]).curriculum() == config.curriculum()
+    for override in ["data.stages.0.tokens=25600", "data.sources.en.language='de'", "data.max_epochs=100"]:
+        assert load(file, [override]).curriculum() != config.curriculum()
+    assert load(file, ["data.sources.en.path='moved'"]).curriculum() == config.curriculum()
     assert load(file).document() == config.document()  # identity() takes nothing out of the config
 
 
@@ -241,7 +246,7 @@ CROSS = {
     ),
     "unknown source, near": (
         {"data__stages__1__weights": {"en": 0.5, "zz": 0.5}},
-        "data.stages.1 (second): weight of an unknown source 'zz'; sources: en, zh",
+        "data.stages.1 (second): weight of an unknown source 'zz'; there are: en, zh",
     ),
     "unknown source, far": (
         {"data__stages__0__weights": {"zhh": 1.0}},

@@ -19,5 +19,6 @@ void bind_batch(pybind11::module_& module);
 void bind_bpe(pybind11::module_& module);
 void bind_files(pybind11::module_& module);
 void bind_merge(pybind11::module_& module);
+void bind_plan(pybind11::module_& module);
 
 }  // namespace megapoly

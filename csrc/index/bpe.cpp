@@ -194,13 +194,9 @@ std::string why_not(const BpeModel& model) {
     std::array<bool, 256> bytes{};
     for (const Piece& piece : model.pieces) {
         const auto shown = [&] { return "its piece '" + piece.text + "' "; };
-        std::size_t characters = 0;
-        for (std::string_view rest = piece.text; !rest.empty(); ++characters) {
-            const std::size_t length = character_length(rest);
-            if (length == 0) return "a piece is not UTF-8";
-            rest.remove_prefix(length);
-        }
+        const std::size_t characters = characters_in(piece.text);
         if (characters == 0 || !std::isfinite(piece.score)) return shown() + "is empty or has no score";
+        if (piece.text.find('\0') != std::string::npos) return "a piece holds a zero byte";  // which ends it in the library
         if (piece.type == PieceType::kUserDefined) return shown() + "is a user-defined symbol";
         if (piece.type == PieceType::kUnused) return shown() + "is marked unused";
         if (piece.type == PieceType::kByte) {

@@ -25,4 +25,5 @@ PYBIND11_MODULE(_index, module) {
     megapoly::bind_bpe(module);
     megapoly::bind_files(module);
     megapoly::bind_merge(module);
+    megapoly::bind_plan(module);
 }

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curriculum import PAIRS
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from megapoly.errors import TrainingError
 
+PAIRS = "pairs"  # the bilingual source
 Event = dict[str, Any]
 _AROUND = 10  # steps before and after the change of layout whose losses are compared
 

@@ -15,15 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import curriculum
 from corpora import LANGUAGES
-from results import History, bits_per_byte_table, continuity, picture
+from results import PAIRS, History, bits_per_byte_table, continuity, picture
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megapoly import config as configuration
-from megapoly.data.indexed import IndexedDataset
 from megapoly.errors import MegapolyError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,18 +118,14 @@ def make_data(demo: Demo) -> None:
             f"for CODE in {' '.join(LANGUAGES)}; do {build} --language $CODE --output {FOLDER}/data/$CODE"
             f" {FOLDER}/text/corpus/$CODE.jsonl; done"
         )
-        name = curriculum.PAIRS
-        demo.command(f"{build} --pairs --language {name} --output {FOLDER}/data/{name} {FOLDER}/text/pairs/en-*.jsonl")
+        demo.command(f"{build} --pairs --language en-xx --output {FOLDER}/data/{PAIRS} {FOLDER}/text/pairs/en-*.jsonl")
 
 
-def write_config(demo: Demo) -> configuration.Config:
-    with demo.step("The run: a config with a two-stage curriculum"):
-        sizes = {n: IndexedDataset(FOLDER / "data" / n).train_tokens for n in (*LANGUAGES, curriculum.PAIRS)}
-        curriculum.write_config(ROOT / "examples/demo/template.toml", CONFIG, VOCABULARY, sizes)
-        config = configuration.load(CONFIG)
-        demo.console.print(curriculum.epochs_table(config, sizes))
-        demo.console.print(f"written: {CONFIG}")
-    return config
+def plan_run(demo: Demo) -> configuration.Config:
+    with demo.step("The run to come: a curriculum of two stages"):
+        demo.command(f"cp examples/demo/{CONFIG.name} {CONFIG}")
+        demo.megapoly("data", "plan", CONFIG, "--picture", FOLDER / "plan.png")
+        return configuration.load(CONFIG)
 
 
 def train(demo: Demo, config: configuration.Config) -> None:
@@ -190,7 +184,7 @@ def next_steps(demo: Demo, config: configuration.Config) -> list[tuple[str, str]
 
 def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
     if arguments:
-        raise SystemExit(f"found {' '.join(arguments)}; the demo takes no arguments: edit examples/demo/template.toml")
+        raise SystemExit(f"found {' '.join(arguments)}; the demo takes no arguments: edit examples/demo/demo.toml")
     os.chdir(ROOT)
     console = Console(highlight=False)
     demo = Demo(console)
@@ -200,7 +194,7 @@ def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
     FOLDER.mkdir(parents=True)
     try:
         make_data(demo)
-        config = write_config(demo)
+        config = plan_run(demo)
         train(demo, config)
         summarise(demo, config)
     except MegapolyError as error:

@@ -30,6 +30,14 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def palette(count: int) -> list[tuple[float, ...]]:
+    """So many colours, of which 40 differ."""
+    from matplotlib import colormaps
+
+    different = [color for name in ("tab20", "tab20b") for color in colormaps[name].colors]  # type: ignore[attr-defined]
+    return [different[i % len(different)] for i in range(count)]
+
+
 def check_picture(path: Path) -> None:
     """Refuse a file that no picture can be written to, before the work for it begins.
 

@@ -133,6 +133,11 @@ def check_identity(reader: store.Reader, config: Config) -> None:
         )  # fmt: skip
 
 
+def curriculum_edits(reader: store.Reader, config: Config) -> list[str]:
+    """What ``config`` mixes otherwise than the run of a checkpoint did so far, a line for every key."""
+    return differences(saved_config(reader).curriculum(), config.curriculum(), "the run", "the config")
+
+
 def check_tokenizer(reader: store.Reader, tokenizer: Tokenizer) -> None:
     """Refuse another tokenizer than the one that the weights were trained with.
 

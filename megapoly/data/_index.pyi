@@ -110,3 +110,23 @@ def fill(
     positions: Whole,
     progress: Progress,
 ) -> npt.NDArray[np.int32] | None: ...
+
+class Plan:
+    def __init__(
+        self,
+        samples: int,
+        first: Sequence[int],
+        block: Sequence[int],
+        quotas: Sequence[int],
+        starts: Sequence[int],
+        windows: Sequence[int],
+        block_text: str,
+        epoch_texts: Sequence[str],
+    ) -> None: ...
+    def locate(
+        self, samples: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+
+def permute(key: int, index: npt.NDArray[np.int64], size: int, inverse: bool = False) -> npt.NDArray[np.int64]: ...
+def counts_in_block(key: int, quotas: Sequence[int], block: int, slot: int) -> npt.NDArray[np.int64]: ...
+def key_of(text: str) -> int: ...

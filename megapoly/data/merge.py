@@ -18,7 +18,7 @@ from megapoly.data import _index
 from megapoly.data.indexed import DTYPES, IndexedDataset
 from megapoly.data.naming import NewDataset, new_dataset
 from megapoly.data.parts import Int64s, Part, count_documents, documents
-from megapoly.data.permutation import derive_key, permute
+from megapoly.data.permutation import derive_key
 from megapoly.data.sidecar import Checksums, Duplicates, Padding, Sidecar, Skipped, TokenizerMark, Validation
 from megapoly.data.skipped import join_skipped
 from megapoly.errors import ConfigError, DataError
@@ -253,7 +253,7 @@ class _Assembler:
             keep = self._keep(lengths)
             number = int(keep.sum())
             if reorder is not None:
-                reorder.expect(permute(self._key(held=held), np.arange(done, done + number), count))
+                reorder.expect(_index.permute(self._key(held=held), np.arange(done, done + number), count))
             tokens.hand_on(start, lengths, keep, reorder or to)
             done += number
         if reorder is not None:

@@ -1,4 +1,7 @@
-"""Keyed permutations of any range, without a table: the shuffles of a data plan. No torch."""
+"""Keyed permutations of any range, without a table: the shuffles of a data plan. No torch.
+
+This is the reference, in numpy; csrc/index/permutation.cpp gives the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,11 @@ def derive_key(seed: int, purpose: str, *parts: str | int) -> int:
     """A 64-bit key, independent for every (seed, purpose, parts): blake2b of their JSON."""
     text = json.dumps([seed, purpose, *parts]).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"megapoly").digest(), "little")
+
+
+def key_text(seed: int, purpose: str, *parts: str | int) -> str:
+    """What C++ puts before a number and "]", and hashes, for the key of (seed, purpose, parts, number)."""
+    return json.dumps([seed, purpose, *parts])[:-1] + ", "
 
 
 def permute(key: int | UInt64s, index: Int64s, n: int | Int64s, *, inverse: bool = False) -> Int64s:

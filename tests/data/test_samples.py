@@ -27,8 +27,8 @@ VOCABULARY = 50
 
 
 def make_plan(datasets, sequence, samples=40, seed=3):
-    sources = [Source(name, name, data.identity, data.train_tokens) for name, data in datasets.items()]
-    weights = {s.name: float(s.tokens > sequence) for s in sources}
+    sources = [Source(name, name, data.identity, data.train_tokens, data.pack) for name, data in datasets.items()]
+    weights = {s.name: float(s.windows(sequence) > 0) for s in sources}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     return Plan.build([("only", samples, weights)], sources, sequence, seed)
 
@@ -79,6 +79,7 @@ def test_rows_token_by_token(datasets, length, separate, with_tokens):
     )
     assert batch.samples.tolist() == samples.tolist()
     assert batch.source.tolist() == located.source.tolist()
+    assert batch.token_source.tolist() == [[source] * length for source in located.source.tolist()]
     assert (batch.tokens is None) == (batch.labels is None) == (not with_tokens)
     assert (batch.documents is None) == (not separate)
 

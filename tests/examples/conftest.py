@@ -1,6 +1,7 @@
-"""The demo's modules are imported as its own script does: from their folder."""
+"""The modules of an example are imported as its own script does: from their folder."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "demo"))
+for example in ("demo", "cleaning", "debian"):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / example))

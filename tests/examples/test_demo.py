@@ -1,4 +1,4 @@
-"""The demo's curriculum and what it reports of a run."""
+"""The demo's run and what is reported of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("polib", reason="needs the demo's packages: pip install -e '.[demo]'")
 pytest.importorskip("matplotlib", reason="needs the demo's packages: pip install -e '.[demo]'")
 
-import curriculum
 import results
 import run
 from corpora import LANGUAGES
@@ -20,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megapoly import config as configuration
+from megapoly.data.curriculum import stages_of
+from megapoly.data.segments import Source
 from megapoly.errors import TrainingError
 
 SIZES = {name: 1000 * (i + 1) for i, name in enumerate((*LANGUAGES, "pairs"))}
@@ -32,40 +33,39 @@ def text_of(table: Table) -> str:
     return console.export_text()
 
 
+TOML = run.ROOT / "examples/demo" / run.CONFIG.name
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> configuration.Config:
-    path = tmp_path / "demo.toml"
-    curriculum.write_config(run.ROOT / "examples/demo/template.toml", path, run.VOCABULARY, SIZES)
-    return configuration.load(path)
+def config() -> configuration.Config:
+    return configuration.load(TOML)
 
 
-def test_weights_follow_the_curriculum() -> None:
-    for stage, non_english in zip(curriculum.STAGES, (0.3, 0.6)):
-        weights = curriculum.weights(SIZES, **stage)
-        others = {name: weights[name] for name in LANGUAGES[1:]}
+def test_weights_follow_the_curriculum(config: configuration.Config) -> None:
+    sources = [Source(n, each.language, n, SIZES[n]) for n, each in config.data.sources.items()]
+    stages = stages_of(config, sources)
+    for (_, _, weights), non_english in zip(stages, (0.3, 0.6), strict=True):
+        others = [weights[name] for name in LANGUAGES[1:]]
+        assert weights.keys() == SIZES.keys()
         assert sum(weights.values()) == pytest.approx(1, abs=1e-9)
-        assert sum(others.values()) + weights["pairs"] / 2 == pytest.approx(non_english, abs=2e-5)
-        assert weights["he"] / weights["zh"] == pytest.approx((SIZES["he"] / SIZES["zh"]) ** 0.3, rel=1e-3)
-    assert curriculum.STAGES[1]["pairs"] > curriculum.STAGES[0]["pairs"]
+        assert sum(others) + weights["pairs"] / 2 == pytest.approx(non_english)
+        assert weights["he"] / weights["zh"] == pytest.approx((SIZES["he"] / SIZES["zh"]) ** 0.3)
+    assert [weights["pairs"] for _, _, weights in stages] == pytest.approx([0.05, 0.2])
 
 
-def test_the_config_runs_under_both_layouts(config: configuration.Config, tmp_path: Path) -> None:
+def test_the_vocabulary_is_the_tokenizers(config: configuration.Config) -> None:
+    assert config.model.vocabulary == run.VOCABULARY
+
+
+def test_the_config_runs_under_both_layouts(config: configuration.Config) -> None:
     assert config.on(run.RANKS).mesh.world_size == run.RANKS
     overrides = run.SECOND_LAYOUT
-    second = configuration.load(tmp_path / "demo.toml", overrides).on(run.RANKS)
+    second = configuration.load(TOML, overrides).on(run.RANKS)
     assert (second.mesh.dp, second.mesh.pp, second.mesh.tp) == (4, 1, 2)
     assert second.identity() == config.identity()
     first_stage = config.data.stages[0].tokens // config.step_tokens
     assert config.total_steps // 2 < first_stage < config.total_steps  # resumed inside a stage, which then changes
     assert config.train.global_batch == GLOBAL_BATCH
-
-
-def test_epochs(config: configuration.Config) -> None:
-    rows = [line.split("│") for line in text_of(curriculum.epochs_table(config, SIZES)).splitlines() if "│" in line]
-    korean = next([cell.strip() for cell in row] for row in rows if row[1].strip() == "ko")
-    trained = sum(stage.tokens * stage.weights["ko"] for stage in config.data.stages)
-    assert korean[2] == f"{SIZES['ko']:,}"
-    assert float(korean[-2]) == pytest.approx(trained / SIZES["ko"], abs=0.005)
 
 
 def log_of(path: Path, *, gap: int = 0) -> results.History:
