@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -99,14 +100,18 @@ def data_build(
         def show(state: Progress) -> None:
             nonlocal last
             if state.to_assemble:
-                shown = f"{output.name}: one of all parts"
+                shown = f"{output.name}: joining the parts"
                 bar.update(task, description=shown, completed=state.assembled, total=state.to_assemble, speed="")
                 return
             last = state
             spent = time.monotonic() - begun
             bar.update(task, completed=state.input_read, total=state.input_size, speed=_speed(state, spent))
 
-        made = builder.build(files, output, loaded, language=language, options=options, progress=show)
+        try:
+            made = builder.build(files, output, loaded, language=language, options=options, progress=show)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on with what is whole", file=sys.stderr)
+            raise typer.Exit(130) from None
     _report(output, made, last, time.monotonic() - begun)
     for line in describe_skipped(made.skipped):
         print(line)

@@ -7,8 +7,9 @@ alone, not on processes, threads or interruptions.
 
 **Memory**: every process holds a piece of 32 MiB of a compressed input, once or twice, and what a batch of 4 MiB of
 text becomes: 300 MB at most, of records of up to 1 MB; the longest record that is read, of 128 MiB, needs ten times its
-size. Of a Parquet file it is 256 rows. What ``assembly`` needs has a bound of its own. **Disk**: the tokens twice, the
-second time in the work folder, and what :class:`~megapoly.data.merge.Assembly` says besides.
+size. Of a Parquet file it is 256 rows, and the columns of a row group as they are compressed. What ``assembly`` needs
+has a bound of its own. **Disk**: the tokens twice, the second time in the work folder, and what
+:class:`~megapoly.data.merge.Assembly` says besides.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def build(
             at PREFIX already, another build in PREFIX.build, files that cannot be read or written or change meanwhile,
             or a worker that was killed. No file gets its name in PREFIX; parts that are whole stay in PREFIX.build.
     """
-    prefix, files = Path(prefix), expand(inputs)
+    prefix = Path(prefix)
+    _check_outside(prefix, inputs)
+    files = expand(inputs)
     job = Job.of(files, tokenizer, language, options, prefix)
     spans = divide(files, options.input, options.shard)
     with Work.open(prefix, job, options.assembly, overwrite=options.overwrite) as work:
@@ -97,6 +100,13 @@ def build(
         assert sidecar is not None
         work.remove()
     return sidecar
+
+
+def _check_outside(prefix: Path, inputs: Sequence[Path | str]) -> None:
+    """Refuse to write where text is read from: it would be taken for text the next time."""
+    for given in map(Path, inputs):
+        if given.is_dir() and given.resolve() in prefix.resolve().parents:
+            raise DataError(f"{prefix}: lies in {given}, all of which is read; choose another place for the dataset")
 
 
 class _Tally:

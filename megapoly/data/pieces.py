@@ -1,7 +1,8 @@
 """The input of a build in pieces, each of which becomes one part. No torch.
 
 Pieces depend on the files and on nothing else: not on the number of processes, nor on what was built before. Small
-files are put together in one piece; a large one is cut where a record ends.
+files are put together in one piece; a large one is cut where a record ends, and a piece ends where it does, so that
+what is interrupted goes on at the file after it.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def cut(spans: Sequence[Span], given: Input, number: int = 0, span: int = 0) -> 
     begin: int | None = None
     read = size = 0
     for i in range(span, len(spans)):
+        large = False
         for k, (chunk, taken) in enumerate(spans[i].chunks(given)):
             if not held:
                 begin = None if k else i
@@ -81,7 +83,10 @@ def cut(spans: Sequence[Span], given: Input, number: int = 0, span: int = 0) -> 
             size += taken if chunk.data is None else len(chunk.data)
             if size >= PIECE_BYTES:
                 yield Piece(number, begin, tuple(held), read, size)
-                held, read, size, number = [], 0, 0, number + 1
+                held, read, size, number, large = [], 0, 0, number + 1, True
+        if held and large:
+            yield Piece(number, begin, tuple(held), read, size)
+            held, read, size, number = [], 0, 0, number + 1
     if held:
         yield Piece(number, begin, tuple(held), read, size)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from megapoly.data.documents import Options
 from megapoly.data.encode import Encoder
@@ -27,8 +28,14 @@ from megapoly.data.pieces import Piece
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, MegapolyError
 
-# Modules are found where the parent finds them.
-_START = "import sys; sys.path[:] = sys.argv[2:]; from megapoly.data import worker; worker.main(int(sys.argv[1]))"
+# Modules are found where the parent finds them; numpy's library of matrices would start a thread for every core.
+_START = """
+import os, sys
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+sys.path[:] = sys.argv[2:]
+from megapoly.data import worker
+worker.main(int(sys.argv[1]))
+"""
 
 
 @dataclass(frozen=True)
@@ -156,27 +163,39 @@ def main(descriptor: int) -> None:
     _end_with_parent(descriptor)
     try:
         _serve(connection)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        sys.exit(1)  # the parent is gone
     except MemoryError:
         sys.exit(errno.ENOMEM)
     except MegapolyError as error:
-        connection.send(error)
+        _tell(connection, error)
     except Exception:
-        connection.send(traceback.format_exc())
+        _tell(connection, traceback.format_exc())
 
 
 def _serve(connection: Connection) -> None:
-    setup: Setup = connection.recv()
+    setup: Setup = _hear(connection)
     tokenizer = Tokenizer.load(setup.model)
     if tokenizer.sha256 != setup.sha256:
         raise DataError(f"{setup.model}: has changed since the build began; give the file that it began with")
     encoder = Encoder(tokenizer, setup.language, setup.options)
     while True:
-        prefix, piece = connection.recv()
-        encoder.write(piece.chunks, prefix, lambda documents, size: connection.send(Done(documents, size, False)))
+        prefix, piece = _hear(connection)
+        encoder.write(piece.chunks, prefix, lambda documents, size: _tell(connection, Done(documents, size, False)))
         del piece  # before the next one takes as much
-        connection.send(Done(0, 0, True))
+        _tell(connection, Done(0, 0, True))
+
+
+def _hear(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        sys.exit(1)  # the parent is gone
+
+
+def _tell(connection: Connection, message: object) -> None:
+    try:
+        connection.send(message)
+    except OSError:
+        sys.exit(1)
 
 
 def _end_with_parent(descriptor: int) -> None:

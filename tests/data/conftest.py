@@ -27,7 +27,7 @@ def tokenizer(corpus, tmp_path_factory):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 8000)
     monkeypatch.setattr(encode, "_BATCH_BYTES", 1500)
 
 
