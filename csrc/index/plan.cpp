@@ -66,7 +66,7 @@ Plan::Plan(std::int64_t samples, SegmentTable segments, std::vector<std::int64_t
     if (count == 0 || sources == 0 || block.size() != count || quotas.size() != count * sources ||
         starts.size() != count * sources || epoch_texts_.size() != sources)
         no_plan("columns of different lengths");
-    if (first[0] != 0 || samples > kMost) no_plan("samples from another than 0, or more than 2^62");
+    if (first[0] != 0 || samples < 1 || samples > kMost) no_plan("samples that do not begin with 0, or are not 1 to 2^62");
     for (std::size_t g = 0; g < count; ++g) {
         const std::int64_t length = (g + 1 < count ? first[g + 1] : samples) - first[g];
         if (length < 1) no_plan("segments that do not ascend");

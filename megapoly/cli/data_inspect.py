@@ -156,9 +156,12 @@ def _bar(share: float) -> str:
 
 def _notes(dataset: IndexedDataset) -> list[str]:
     """What is held out, and how the dataset was made."""
-    side = dataset.sidecar
+    from megapoly.data.indexed import part
+    from megapoly.data.sidecar import has_changed
+
+    side, path = dataset.sidecar, part(dataset.prefix, ".json")
     if side is None:
-        return [f"  {dataset.prefix}.json is not there: nothing is known to be held out, nor of the text"]
+        return [f"  {path} is not there: nothing is known to be held out, nor of the text"]
     held = side.validation
     lines = [
         f"  held out: the last {held.documents:,} documents with {held.tokens:,} tokens,"
@@ -166,8 +169,11 @@ def _notes(dataset: IndexedDataset) -> list[str]:
     ]
     if side.templates:
         lines.append(f"  pairs, written by {len(set(side.templates))} templates")
-    made = describe_assembly(side)
-    return [*lines, made] if made else lines
+    if made := describe_assembly(side):
+        lines.append(made)
+    if has_changed(path):
+        lines.append(f"  {path} has changed since the dataset was built (checksum): what it tells may be wrong")
+    return lines
 
 
 def _print_document(dataset: IndexedDataset, number: int, loaded: Tokenizer | None) -> None:

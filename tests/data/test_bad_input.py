@@ -192,7 +192,7 @@ def test_weights_that_are_no_shares(weights):
         ("{ en = inf, ru = 0.3 }", r"weights\.en"),
         ("{ en = -0.7, ru = 0.3 }", r"weights\.en"),
         ("{ en = 0.0, ru = 0.0 }", "the weights sum to 0, not 1; give a source a weight"),
-        ("{ en = 0.5, ru = 0.3, th = 0.2 }", "weight of an unknown source 'th'; sources: en, ru"),
+        ("{ en = 0.5, ru = 0.3, th = 0.2 }", "weight of an unknown source 'th'; there are: en, ru"),
         ("{ }", "weights"),
     ],
 )

@@ -154,6 +154,15 @@ def test_inspect_of_packs_and_of_foreign_datasets(english, tmp_path, capsys):
     assert "in the mean" not in shown.out
 
 
+def test_inspect_says_that_a_sidecar_has_changed(tmp_path, capsys):
+    path = write(tmp_path / "d", random_documents()).with_suffix(".json")
+    assert "has changed" not in run(capsys, "data", "inspect", tmp_path / "d")[1].out
+    path.write_text(path.read_text().replace('"xx"', '"yy"'))
+    code, shown = run(capsys, "data", "inspect", tmp_path / "d")
+    assert code == 0
+    assert f"  {path} has changed since the dataset was built (checksum)" in shown.out
+
+
 def test_head(english, capsys):
     prefix, model, texts, ids = english
     code, shown = run(capsys, "data", "head", prefix, "-n", 2, "--tokenizer", model)
