@@ -223,7 +223,12 @@ def _assemble(work: Work, options: Options, inputs: Sequence[Path | str], tally:
     work.assembling(options.assembly)
     if len(filled) > 1 or options.assembly.changes:
         parts = [work.part(number) for number in filled]
-        merge(parts, work.prefix, options.assembly, overwrite=True, skipped=skipped, progress=tally.assembled)
+        try:
+            merge(parts, work.prefix, options.assembly, overwrite=True, skipped=skipped, progress=tally.assembled)
+        except DataError as error:
+            if str(work.folder) in str(error):
+                raise DataError(f"{error}; it is a part of this build: remove {work.folder} to begin anew") from error
+            raise
         return
     with new_dataset(work.prefix, overwrite=True) as new:
         work.hand_over(filled[0], new)
