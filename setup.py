@@ -17,6 +17,7 @@ SANITIZE = [
     "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
+    "-fno-wrapv",  # with which Python builds extensions, and overflow would be no finding
     "-D_GLIBCXX_ASSERTIONS",
 ]
 SANITIZED = os.environ.get("MEGAPOLY_SANITIZE") == "1"

@@ -18,7 +18,7 @@ constexpr std::int64_t kMost = std::int64_t{1} << 58;  // of sequences, whose pl
 
 Boundaries::Boundaries(IndexFile file) : file_(std::move(file)) {
     if (file_.sequences < 1 || file_.sequences > kMost || file_.documents < 0 || file_.documents > kMost ||
-        file_.tokens < 0)
+        file_.tokens < 0 || file_.tokens > kMost)
         throw DataError(file_.path + ": cannot have " + std::to_string(file_.sequences) + " sequences, " +
                         std::to_string(file_.documents) + " documents and " + std::to_string(file_.tokens) + " tokens");
     pointers_ = kLengths + 4 * file_.sequences;

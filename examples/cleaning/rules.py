@@ -65,19 +65,21 @@ def _check(path: Path, section: str, table: Any) -> None:
         for name, value in arguments.items():
             if name not in known_names:
                 raise ConfigError(f"{path}: {name} in [{section}.{step}] is none of {', '.join(known_names)}")
-            if not _is_threshold(name, value):
+            if not _is_threshold(step, name, value):
                 raise ConfigError(f"{path}: {name} in [{section}.{step}] cannot be {value!r}; see {FILE.name}")
 
 
-def _is_threshold(name: str, value: Any) -> bool:
+def _is_threshold(step: str, name: str, value: Any) -> bool:
     if name == "stop_words":
         return isinstance(value, list) and all(isinstance(word, str) for word in value)
     if name in ("top_n_grams", "dup_n_grams"):
         return isinstance(value, list) and all(
-            isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in value
+            isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and _is_number(pair[1]) for pair in value
         )
-    return _is_number(value)
+    if step == "duplicates":
+        return type(value) is int and value > 0
+    return _is_number(value) and (type(value) is int or name not in ("max_characters", "max_word_length"))
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    return type(value) in (int, float) and value >= 0

@@ -281,6 +281,9 @@ def test_records_without_text_are_refused(tmp_path: Path, record: dict[str, Any]
         ("[en.digits]\nmax_digits = '10 %'", r"max_digits in \[en\.digits\] cannot be '10 %'"),
         ("[en.repetition]\ntop_n_grams = [2, 3]", r"top_n_grams in \[en\.repetition\] cannot be \[2, 3\]"),
         ("[en.duplicates]\nseed = true", r"seed in \[en\.duplicates\] cannot be True"),
+        ("[en.duplicates]\nnum_buckets = 0", r"num_buckets in \[en\.duplicates\] cannot be 0"),
+        ("[en.tidy]\nmax_word_length = 9.5", r"max_word_length in \[en\.tidy\] cannot be 9\.5"),
+        ("[en.language]\nmin_score = -0.1", r"min_score in \[en\.language\] cannot be -0\.1"),
         ("nonsense", r"rules\.toml: cannot be read"),
     ],
 )
