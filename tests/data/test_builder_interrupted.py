@@ -289,6 +289,7 @@ def killed(tmp_path, corpus, tokenizer, **given):
     assert sorted(undisturbed[0]) == ["d.bin", "d.idx", "d.json"]
     assert undisturbed[0] == undisturbed[2] != undisturbed[1]
     assert len(found) == 3 + given["rounds"]
+    assert all(each["kills"] > 0 for each in found[3:])
     assert all(each["files"] == undisturbed[each["kind"]] for each in found)
     return sum(each["kills"] for each in found)
 
