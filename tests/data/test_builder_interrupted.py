@@ -300,7 +300,7 @@ def test_kills_at_random_moments(tmp_path, corpus, tokenizer):
 
 @pytest.mark.long
 def test_kills_at_many_random_moments(tmp_path, tokenizer):
-    write_corpus(tmp_path / "in", 4000)
+    write_corpus(tmp_path / "in", 2000)
     kills = killed(tmp_path, tmp_path / "in", tokenizer, rounds=50, seed=2)
     print(f"{kills} kills")
     assert kills >= 50
