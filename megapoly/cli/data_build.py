@@ -63,9 +63,9 @@ def data_build(
     """Encode text into an indexed dataset.
 
     Interrupted, even killed, the same command goes on where it was, from OUTPUT.build, which takes the size of the
-    tokens; the dataset is the same to the byte, with any number of processes. It takes at most 300 MB of memory for
-    each process, more where a record is longer than 1 MB, and 300 MB besides; at the end --memory-mb, where duplicates
-    are removed, documents shuffled or packs made.
+    tokens; the dataset is the same to the byte, with any number of processes. Memory: for this process and each that
+    it starts 300 MB and the tokenizer, more where a record is longer than 1 MB; at the end --memory-mb, where
+    duplicates are removed, documents shuffled or packs made.
 
     [bold]Example:[/bold] megapoly data build --tokenizer poly.model --language th --output data/th th.jsonl.gz
     """

@@ -5,11 +5,11 @@ The input is cut into pieces (:mod:`megapoly.data.pieces`). Each becomes a datas
 dataset at PREFIX (:mod:`megapoly.data.merge`), and the folder goes. So its bytes depend on the input and the options
 alone, not on processes, threads or interruptions.
 
-**Memory**: every process holds a piece of 32 MiB of a compressed input, once or twice, and what a batch of 4 MiB of
-text becomes: 300 MB at most, of records of up to 1 MB; the longest record that is read, of 128 MiB, needs ten times its
-size. Of a Parquet file it is 256 rows, and the columns of a row group as they are compressed. What ``assembly`` needs
-has a bound of its own. **Disk**: the tokens twice, the second time in the work folder, and what
-:class:`~megapoly.data.merge.Assembly` says besides.
+**Memory**: every process holds the tokenizer, a piece of 32 MiB of a compressed input, once or twice, and what a batch
+of 4 MiB of text becomes: 300 MB at most besides the tokenizer, of records of up to 1 MB; the longest record that is
+read, of 128 MiB, needs ten times its size. Of a Parquet file it is 256 rows, and the columns of a row group as they are
+compressed. What ``assembly`` needs has a bound of its own. **Disk**: the tokens twice, the second time in the work
+folder, and what :class:`~megapoly.data.merge.Assembly` says besides.
 """
 
 from __future__ import annotations
@@ -223,7 +223,12 @@ def _assemble(work: Work, options: Options, inputs: Sequence[Path | str], tally:
     work.assembling(options.assembly)
     if len(filled) > 1 or options.assembly.changes:
         parts = [work.part(number) for number in filled]
-        merge(parts, work.prefix, options.assembly, overwrite=True, skipped=skipped, progress=tally.assembled)
+        try:
+            merge(parts, work.prefix, options.assembly, overwrite=True, skipped=skipped, progress=tally.assembled)
+        except DataError as error:
+            if str(work.folder) in str(error):
+                raise DataError(f"{error}; it is a part of this build: remove {work.folder} to begin anew") from error
+            raise
         return
     with new_dataset(work.prefix, overwrite=True) as new:
         work.hand_over(filled[0], new)

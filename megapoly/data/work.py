@@ -125,6 +125,7 @@ class Work:
     def __init__(self, folder: Path, prefix: Path, lock: int) -> None:
         self.folder, self.prefix, self.lock = folder, prefix, lock
         self.finished = False
+        self._removed = False
         self._log, self._mark = folder / "begins", folder / "assembling"
 
     @classmethod
@@ -149,8 +150,7 @@ class Work:
         except OSError as error:
             raise DataError(f"{prefix}: cannot be written ({error})") from error
         finally:
-            if folder.exists():
-                work.leave()
+            work.leave()
             os.close(lock)
 
     def _begin(self, job: Job, assembly: Assembly, overwrite: bool) -> None:
@@ -191,19 +191,15 @@ class Work:
 
     def whole(self) -> set[int]:
         """The parts that are there."""
-        found = set()
-        for path in self.folder.iterdir():
-            name, suffix = path.stem, path.suffix
-            if name.isdigit() and (suffix == ".idx" or (suffix == ".json" and self._is_empty(path))):
-                found.add(int(name))
-        return found
+        return {int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit() and self._is_whole(path)}
 
-    def _is_empty(self, path: Path) -> bool:
-        """Whether a .json is of a part without documents, which has no .idx. A killed worker may have left another."""
-        if path.with_suffix(".idx").exists():
+    def _is_whole(self, path: Path) -> bool:
+        """Whether a part with this .json is whole: with an .idx, which comes last, or without documents."""
+        try:
+            side = Sidecar.read(path)
+        except DataError:  # damaged
             return False
-        side = Sidecar.read(path)
-        return side is not None and not side.documents
+        return side is not None and (not side.documents or path.with_suffix(".idx").exists())
 
     def sidecar(self, number: int) -> Sidecar:
         """What is told of a whole part."""
@@ -240,7 +236,9 @@ class Work:
         write_whole(self._mark, repr(assembly).encode())
 
     def leave(self) -> None:
-        """Keep what is whole for a later run."""
+        """Keep what is whole for a later run. A folder that was removed may be another build's by now."""
+        if self._removed:
+            return
         for path in self.folder.glob("*.partial"):
             path.unlink()
         if not self.whole():
@@ -252,6 +250,7 @@ class Work:
             if path.name not in ("job.json", self._mark.name, "lock"):
                 path.unlink()
         (self.folder / "job.json").unlink(missing_ok=True)
+        self._removed = True
         shutil.rmtree(self.folder)
 
 

@@ -65,8 +65,8 @@ def rounds(inputs, folder, tokenizer, count, seed):
         replace(plain, processes=1, assembly=Assembly(deduplicate=True, shuffle=7)),
         replace(plain, processes=2),
     )
-    spent = {}
-    for number in range(-len(kinds), count):
+    spent, number = {}, -len(kinds)
+    while number < count:
         options = kinds[number % len(kinds)]
         begun, kills = time.monotonic(), 0
         while True:
@@ -80,10 +80,14 @@ def rounds(inputs, folder, tokenizer, count, seed):
             kills += 1
             if (folder / "d.idx").exists():
                 IndexedDataset(folder / "d")  # whole, if there at all
-                if not (folder / "d.build").exists():
+                if not (folder / "d.build" / "job.json").exists():
+                    shutil.rmtree(folder / "d.build", ignore_errors=True)
                     break  # killed when all was done
-        spent.setdefault(options, time.monotonic() - begun)
-        yield {"kind": number % len(kinds), "kills": kills, "files": digests(folder)}
+        if not kills:
+            spent[options] = time.monotonic() - begun
+        if kills or number < 0:  # else it was too quick, and is done once more
+            yield {"kind": number % len(kinds), "kills": kills, "files": digests(folder)}
+            number += 1
         shutil.rmtree(folder)
         folder.mkdir()
 

@@ -137,6 +137,19 @@ def test_bad_records_may_be_skipped_after_a_stop(tmp_path, tokenizer):
         build([tmp_path / "a.jsonl"], tmp_path / "e", tokenizer, language="xx", options=LINES)
 
 
+def test_parts_that_were_damaged_meanwhile(tmp_path, corpus, tokenizer, one):
+    whole = sorted(interrupt([corpus[0]], tmp_path / "d", tokenizer))
+    (tmp_path / "d.build" / whole[0]).with_suffix(".json").write_text("{")
+    path = (tmp_path / "d.build" / whole[1]).with_suffix(".bin")
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(DataError, match=rf"{path}.*; it is a part of this build: remove .*d\.build to begin anew"):
+        build([corpus[0]], tmp_path / "d", tokenizer, language="xx", options=LINES)
+    path.write_bytes(content)
+    build([corpus[0]], tmp_path / "d", tokenizer, language="xx", options=LINES)
+    assert contents(tmp_path / "d") == one
+
+
 def test_a_dataset_that_came_meanwhile_is_kept(tmp_path, corpus, tokenizer):
     interrupt([corpus[0]], tmp_path / "d", tokenizer)
     build([corpus[0] / "a.jsonl"], tmp_path / "e", tokenizer, language="xx")
@@ -276,6 +289,7 @@ def killed(tmp_path, corpus, tokenizer, **given):
     assert sorted(undisturbed[0]) == ["d.bin", "d.idx", "d.json"]
     assert undisturbed[0] == undisturbed[2] != undisturbed[1]
     assert len(found) == 3 + given["rounds"]
+    assert all(each["kills"] > 0 for each in found[3:])
     assert all(each["files"] == undisturbed[each["kind"]] for each in found)
     return sum(each["kills"] for each in found)
 
@@ -286,7 +300,7 @@ def test_kills_at_random_moments(tmp_path, corpus, tokenizer):
 
 @pytest.mark.long
 def test_kills_at_many_random_moments(tmp_path, tokenizer):
-    write_corpus(tmp_path / "in", 4000)
+    write_corpus(tmp_path / "in", 2000)
     kills = killed(tmp_path, tmp_path / "in", tokenizer, rounds=50, seed=2)
     print(f"{kills} kills")
     assert kills >= 50
