@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build train bench test test-long check lint types format clean
+.PHONY: help build train bench test test-long sanitize check lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,16 @@ test: build ## the tests, in under 10 minutes on 2 cores
 
 test-long: build ## every test, with the whole of the large matrices
 	$(PYTEST)
+
+# The tests run inside of the folder with the other build, so that the processes that they start find it, too. Leaks are
+# not looked for: Python keeps what it has until it ends. GCC's libraries have to be there before Python.
+SANITIZE := $(CURDIR)/build/sanitize
+PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+sanitize: build ## the tests of the data engine with its C++ under AddressSanitizer and UBSan; needs GCC
+	MEGAPOLY_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
+	cd $(SANITIZE)/lib && PYTHONPATH=$(SANITIZE)/lib LD_PRELOAD="$(PRELOAD)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MEGAPOLY_SANITIZE=1 \
+		$(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml -o pythonpath="build/sanitize/lib ." -m "not long" $(CURDIR)/tests/data
 
 lint: build ## style; changes nothing
 	$(BIN)/ruff check .

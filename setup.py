@@ -1,5 +1,6 @@
 """Packages, requirements and the C++ extension of megapoly."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,18 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "megapoly/__init__.py").read_text(encoding="utf-8"))
+
+# For `make sanitize`: a wrong access or undefined arithmetic in the C++ ends the process and says where.
+SANITIZE = [
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-wrapv",  # with which Python builds extensions, and overflow would be no finding
+    "-D_GLIBCXX_ASSERTIONS",
+]
+SANITIZED = os.environ.get("MEGAPOLY_SANITIZE") == "1"
 
 DATA = ["pyarrow>=14", "zstandard>=0.21", "tokenizers>=0.15", "matplotlib>=3.7"]
 DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "matplotlib>=3.7"]
@@ -70,7 +83,8 @@ setup(
             sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.cpp")),
             depends=sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.h")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            extra_compile_args=[*(SANITIZE if SANITIZED else ["-O3"]), "-Wall", "-Wextra"],
+            extra_link_args=["-fsanitize=address,undefined"] if SANITIZED else [],
         )
     ],
     cmdclass={"build_ext": build_ext},

@@ -21,7 +21,7 @@ template <typename Id>
 Id* data_of(std::optional<py::array>& matrix, const py::array& like, const char* name) {
     if (!matrix) return nullptr;
     if (!matrix->dtype().equal(like.dtype()) || matrix->ndim() != 2 || matrix->shape(0) != like.shape(0) ||
-        matrix->shape(1) != like.shape(1) || (matrix->flags() & py::array::c_style) == 0)
+        matrix->shape(1) != like.shape(1) || (matrix->flags() & py::array::c_style) == 0 || !is_aligned(*matrix))
         throw py::value_error(std::string(name) + " has to be of the type and the shape of positions");
     return static_cast<Id*>(matrix->mutable_data());
 }
@@ -65,7 +65,10 @@ py::object fill_batch(const Sources& sources, const py::array_t<std::int32_t, py
     for (py::ssize_t i = 0; i < rows; ++i)
         if (source.at(i) < -1 || source.at(i) >= count) throw py::value_error("a row is of no source");
     std::vector<const Dataset*> datasets;
-    for (const auto& each : sources) datasets.push_back(each.get());
+    for (const auto& each : sources) {
+        if (each == nullptr) throw py::value_error("a source is None");
+        datasets.push_back(each.get());
+    }
     const Windows windows{datasets, source.data(), starts.data(), limits.data(), rows, length, vocabulary};
     std::vector<std::int32_t> cu_seqlens;
     auto* ends = separate ? &cu_seqlens : nullptr;

@@ -52,7 +52,12 @@ py::tuple encode(const BpeEncoder& encoder, const py::sequence& texts, int threa
 
 void bind_bpe(py::module_& module) {
     py::class_<BpeEncoder>(module, "BpeEncoder")
-        .def(py::init([](const py::bytes& model) { return BpeEncoder(std::string_view(model)); }), py::arg("model"))
+        .def(py::init([](const py::bytes& model) {
+                 const std::string_view bytes = model;
+                 py::gil_scoped_release unlocked;
+                 return BpeEncoder(bytes);
+             }),
+             py::arg("model"))
         .def_property_readonly("refusal", &BpeEncoder::refusal)
         .def("encode", &encode, py::arg("texts"), py::arg("threads"));
 }

@@ -37,7 +37,9 @@ py::tuple finish(Writer& writer) {
 
 py::tuple scan_blocks(const std::string& path, int descriptor, int code, std::int64_t vocabulary, std::int64_t first,
                       std::int64_t blocks) {
-    if (first < 0 || blocks < 0) throw py::value_error("first and blocks have to be at least 0");
+    constexpr std::int64_t kMost = std::int64_t{1} << 42;  // the places of which fit 64 bits
+    if (first < 0 || blocks < 0 || first > kMost || blocks > kMost)
+        throw py::value_error("first and blocks have to be from 0 to 2^42");
     Scanned found;
     {
         py::gil_scoped_release unlocked;
@@ -48,6 +50,7 @@ py::tuple scan_blocks(const std::string& path, int descriptor, int code, std::in
 
 std::uint32_t checksum(const py::bytes& data, bool by_tables) {
     const std::string_view bytes = data;
+    py::gil_scoped_release unlocked;
     return by_tables ? crc32_by_tables(bytes.data(), bytes.size()) : crc32(bytes.data(), bytes.size());
 }
 

@@ -39,9 +39,11 @@ py::int_ polynomial_hash(const std::vector<py::bytes>& pieces) {
 }
 
 Flags kept(const Duplicates& duplicates, std::int64_t first, std::int64_t count) {
-    if (count < 0) throw py::value_error("count has to be at least 0");
+    duplicates.check(first, count);
     Flags flags(count);
-    duplicates.kept(first, count, flags.mutable_data());
+    std::uint8_t* flag = flags.mutable_data();
+    py::gil_scoped_release unlocked;
+    duplicates.kept(first, count, flag);
     return flags;
 }
 
@@ -77,7 +79,8 @@ void bind_merge(py::module_& module) {
         .def("find", &Duplicates::find, py::arg("memory"), py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("documents", &Duplicates::documents)
         .def("kept", &kept, py::arg("first"), py::arg("count"))
-        .def("count_kept", &Duplicates::count_kept, py::arg("first"), py::arg("count"));
+        .def("count_kept", &Duplicates::count_kept, py::arg("first"), py::arg("count"),
+             py::call_guard<py::gil_scoped_release>());
 
     py::class_<Reorder, Documents>(module, "Reorder")
         .def(py::init<const std::string&, std::int64_t, std::int64_t, std::int64_t, std::int64_t>(), py::arg("path"),

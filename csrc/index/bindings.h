@@ -11,8 +11,13 @@ namespace megapoly {
 
 using Ids = pybind11::array_t<std::int64_t, pybind11::array::c_style>;
 
+inline bool is_aligned(const pybind11::array& array) {
+    return (array.flags() & pybind11::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
+}
+
 inline void require_vector(const pybind11::array& array, const char* name) {
     if (array.ndim() != 1) throw pybind11::value_error(std::string(name) + " has to have one dimension");
+    if (!is_aligned(array)) throw pybind11::value_error(std::string(name) + " has to be aligned");
 }
 
 void bind_batch(pybind11::module_& module);

@@ -18,7 +18,7 @@ constexpr std::int64_t kMost = std::int64_t{1} << 58;  // of sequences, whose pl
 
 Boundaries::Boundaries(IndexFile file) : file_(std::move(file)) {
     if (file_.sequences < 1 || file_.sequences > kMost || file_.documents < 0 || file_.documents > kMost ||
-        file_.tokens < 0)
+        file_.tokens < 0 || file_.tokens > kMost)
         throw DataError(file_.path + ": cannot have " + std::to_string(file_.sequences) + " sequences, " +
                         std::to_string(file_.documents) + " documents and " + std::to_string(file_.tokens) + " tokens");
     pointers_ = kLengths + 4 * file_.sequences;
@@ -135,22 +135,29 @@ bool Boundaries::one_each(std::int64_t cell, std::vector<std::int64_t>& begins) 
 
 void Boundaries::visit(std::int64_t cell, const std::int32_t* lengths, std::int64_t start, std::int64_t last,
                        std::vector<std::int64_t>& found) const {
-    std::vector<std::int64_t> begins;
+    thread_local std::vector<std::int64_t> begins;
     const bool each = one_each(cell, begins);
     const std::int64_t first = first_sequence(cell), count = first_sequence(cell + 1) - first;
-    std::int64_t token = first_token(cell), before = found.empty() ? start : found.back();
+    std::int64_t token = first_token(cell), end = token, before = found.empty() ? start : found.back();
+    std::int32_t negative = 0;
+    for (std::int64_t i = 0; i < count; ++i) {  // apart from what follows: many at a time
+        end += lengths[i];
+        negative |= lengths[i];
+    }
+    if (negative < 0)
+        damaged("length of sequence", first + (std::find_if(lengths, lengths + count, [](auto n) { return n < 0; }) -
+                                               lengths));
+    if (end != first_token(cell + 1)) damaged("lengths or pointers after sequence", first);
     std::size_t next = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t i = 0; i < count && token <= last; token += lengths[i++]) {
         bool begin = each;
-        for (; next < begins.size() && begins[next] == first + i; ++next) begin = true;
-        if (begin && token > before && token <= last) {
+        if (!each)
+            for (; next < begins.size() && begins[next] == first + i; ++next) begin = true;
+        if (begin && token > before) {
             found.push_back(token);
             before = token;
         }
-        if (lengths[i] < 0) damaged("length of sequence", first + i);
-        token += lengths[i];
     }
-    if (token != first_token(cell + 1)) damaged("lengths or pointers after sequence", first);
 }
 
 void Boundaries::between(std::int64_t start, std::int64_t last, std::vector<std::int64_t>& found) const {

@@ -15,6 +15,8 @@
 namespace megapoly {
 namespace {
 
+constexpr std::size_t kLongestPiece = 1024;  // the tables take its square in time
+constexpr std::size_t kMostThreads = 1024;
 constexpr std::size_t kShort = 24;  // characters up to which looking at all pairs is faster than a heap
 
 // The ids of chunks seen before: a table in which a newer chunk takes the place of an older one.
@@ -194,13 +196,10 @@ std::string why_not(const BpeModel& model) {
     std::array<bool, 256> bytes{};
     for (const Piece& piece : model.pieces) {
         const auto shown = [&] { return "its piece '" + piece.text + "' "; };
-        std::size_t characters = 0;
-        for (std::string_view rest = piece.text; !rest.empty(); ++characters) {
-            const std::size_t length = character_length(rest);
-            if (length == 0) return "a piece is not UTF-8";
-            rest.remove_prefix(length);
-        }
+        const std::size_t characters = characters_in(piece.text);
         if (characters == 0 || !std::isfinite(piece.score)) return shown() + "is empty or has no score";
+        if (piece.text.find('\0') != std::string::npos) return "a piece holds a zero byte";  // which ends it in the library
+        if (piece.text.size() > kLongestPiece) return "a piece is longer than " + std::to_string(kLongestPiece) + " bytes";
         if (piece.type == PieceType::kUserDefined) return shown() + "is a user-defined symbol";
         if (piece.type == PieceType::kUnused) return shown() + "is marked unused";
         if (piece.type == PieceType::kByte) {
@@ -235,7 +234,8 @@ void BpeEncoder::encode(const std::vector<std::string_view>& texts, int threads,
     if (!refusal_.empty()) throw DataError("the model cannot be used by this encoder: " + refusal_);
     std::size_t total = 0;
     for (const std::string_view text : texts) total += text.size();
-    const auto parts = static_cast<std::size_t>(std::max(1, std::min<int>(threads, static_cast<int>(texts.size()))));
+    const std::size_t parts =
+        std::max<std::size_t>(1, std::min({static_cast<std::size_t>(std::max(threads, 1)), texts.size(), kMostThreads}));
     std::vector<std::size_t> cuts{0};  // parts of about as many bytes
     std::size_t seen = 0;
     for (std::size_t i = 0; i < texts.size(); ++i) {

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "common.h"
+#include "normalizer.h"
 
 namespace megapoly {
 namespace {
@@ -79,6 +80,7 @@ Piece parse_piece(std::string_view bytes) {
             piece.type = static_cast<PieceType>(fields.value());
         }
     }
+    if (!is_utf8(piece.text)) throw DataError("a piece is not UTF-8");
     return piece;
 }
 

@@ -7,14 +7,11 @@
 #include "common.h"
 
 namespace megapoly {
-namespace {
 
-std::size_t characters_in(std::string_view text) noexcept {
+std::size_t characters_in(std::string_view valid) noexcept {
     return static_cast<std::size_t>(
-        std::count_if(text.begin(), text.end(), [](char byte) { return (byte & 0xC0) != 0x80; }));
+        std::count_if(valid.begin(), valid.end(), [](char byte) { return (byte & 0xC0) != 0x80; }));
 }
-
-}  // namespace
 
 int byte_of(std::string_view piece) noexcept {
     constexpr std::string_view kDigits = "0123456789ABCDEF";

@@ -26,6 +26,8 @@ inline Character decode(const char* text) noexcept {
     return {(lead & 0x07U) << 18 | (byte(1) & 0x3FU) << 12 | (byte(2) & 0x3FU) << 6 | (byte(3) & 0x3FU), 4};
 }
 
+std::size_t characters_in(std::string_view valid) noexcept;
+
 // The byte that a piece such as <0x0A> stands for, -1 where it is not such a piece.
 int byte_of(std::string_view piece) noexcept;
 

@@ -102,10 +102,11 @@ void Duplicates::end() {
     const Hash128 hash = hash_.finish();
     hashes_.append(&hash, sizeof(hash));
     ++documents_;
+    found_ = false;
 }
 
 std::int64_t Duplicates::find(std::int64_t memory) {
-    const std::int64_t bits = documents_ / 8 + 8, left = memory - bits;
+    const std::int64_t bits = documents_ / 8 + 8, left = std::max<std::int64_t>(memory, 0) - bits;
     const auto slots_for = [](std::int64_t hashes) { return hashes + hashes / 7 * 3 + kSpare; };
     if (left < slots_for(0) * kSlot || left < bits)
         throw DataError("the removal of duplicates among " + std::to_string(documents_) + " documents needs at least " +

@@ -57,13 +57,14 @@ public:
     // Returns the number of times that the hashes were gone through.
     std::int64_t find(std::int64_t memory);
     std::int64_t documents() const noexcept { return documents_; }
+    // Throws DataError where [first, first + count) are not documents that find() has compared.
+    void check(std::int64_t first, std::int64_t count) const;
     // After find(): 1 for every document of [first, first + count) that is the first of its content, else 0.
     void kept(std::int64_t first, std::int64_t count, std::uint8_t* flags) const;
     // After find(): how many of [first, first + count) are.
     std::int64_t count_kept(std::int64_t first, std::int64_t count) const;
 
 private:
-    void check(std::int64_t first, std::int64_t count) const;
     bool is_kept(std::int64_t document) const noexcept {
         const auto at = static_cast<std::size_t>(document);
         return (repeated_[at / 64] >> (at % 64) & 1U) == 0;

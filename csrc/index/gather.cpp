@@ -35,6 +35,8 @@ void refuse_id(const Tokens& tokens, std::int64_t token, std::int64_t id) {
 
 void gather(const Tokens& tokens, const std::int64_t* starts, std::int64_t rows, std::int64_t length,
             std::int64_t* out) {
+    if (tokens.count > (std::int64_t{1} << 58))  // the places of which fit 64 bits
+        throw DataError(tokens.path + ": cannot have " + std::to_string(tokens.count) + " tokens");
     for (std::int64_t row = 0; row < rows; ++row)
         if (starts[row] < 0 || length > tokens.count || starts[row] > tokens.count - length)
             throw DataError(tokens.path + ": the window of " + std::to_string(length) + " tokens from token " +

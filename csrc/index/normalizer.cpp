@@ -44,6 +44,15 @@ std::size_t character_length(std::string_view text) noexcept {
     return overlong || beyond ? 0 : 4;
 }
 
+bool is_utf8(std::string_view text) noexcept {
+    while (!text.empty()) {
+        const std::size_t length = character_length(text);
+        if (length == 0) return false;
+        text.remove_prefix(length);
+    }
+    return true;
+}
+
 CharacterMap::CharacterMap(std::string_view map) {
     if (map.empty()) return;
     std::uint32_t size = 0;
@@ -53,12 +62,7 @@ CharacterMap::CharacterMap(std::string_view map) {
     trie_.resize(size / sizeof(std::uint32_t));
     std::memcpy(trie_.data(), map.data() + sizeof(size), size);
     replacements_ = map.substr(sizeof(size) + size);
-    if (replacements_.back() != '\0') refuse_map();
-    for (std::string_view rest = replacements_; !rest.empty();) {
-        const std::size_t length = character_length(rest);
-        if (length == 0) refuse_map();
-        rest.remove_prefix(length);
-    }
+    if (replacements_.back() != '\0' || !is_utf8(replacements_)) refuse_map();
     check_paths();
 }
 

@@ -13,6 +13,8 @@ namespace megapoly {
 // Length in bytes of the valid UTF-8 character at the beginning of `text`, 0 where there is none.
 std::size_t character_length(std::string_view text) noexcept;
 
+bool is_utf8(std::string_view text) noexcept;
+
 // A precompiled map of a model: what stands for the beginning of a text.
 class CharacterMap {
 public:

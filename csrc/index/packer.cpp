@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <string>
 
 #include "common.h"
@@ -61,6 +62,8 @@ private:
 }  // namespace
 
 std::vector<std::int32_t> best_fit(const std::int32_t* lengths, std::int64_t count, std::int64_t pack) {
+    if (count > std::numeric_limits<std::int32_t>::max())
+        throw DataError(std::to_string(count) + " documents are too many to pack together");
     if (std::any_of(lengths, lengths + count, [&](std::int32_t length) { return length < 1 || length > pack; }))
         throw DataError("a length is not from 1 to that of a pack, " + std::to_string(pack));
     const auto size = static_cast<std::size_t>(count), lines = static_cast<std::size_t>(pack + 1);
@@ -104,6 +107,8 @@ Packer::Packer(Writer& to, std::int64_t pack, std::int64_t end) : to_(to), pack_
     with_token_type(to.code(), [&](auto type) {
         using Token = decltype(type);
         item_ = sizeof(Token);
+        if (end < 0 || static_cast<std::uint64_t>(end) > static_cast<std::uint64_t>(std::numeric_limits<Token>::max()))
+            throw DataError(to.path() + ": id " + std::to_string(end) + " is none of the file's type");
         const std::vector<Token> row(static_cast<std::size_t>(pack), static_cast<Token>(end));
         bytes_.reserve(static_cast<std::size_t>(kTokens + pack) * sizeof(Token));  // and does not grow to twice that
         padding_.resize(row.size() * sizeof(Token));
@@ -119,6 +124,8 @@ std::int64_t Packer::token(const unsigned char* bytes) const {
 }
 
 void Packer::begin(std::int64_t tokens) {
+    require_whole();
+    open_ = true;
     left_ = tokens;
     if (tokens > pack_) ++cut_;
 }
@@ -136,8 +143,10 @@ void Packer::begin_piece() {
 }
 
 void Packer::piece(const unsigned char* bytes, std::size_t size) {
+    if (size == 0) return;
     while (size > 0) {
         if (inner_ == 0) {
+            if (left_ == 0) throw DataError(to_.path() + ": more of a document came than its length");
             begin_piece();
             if (!whole_ && inner_ > item_ && token(bytes) == end_)
                 throw DataError(to_.path() + ": a document (or what was left of one after a cut) begins with id " +
@@ -160,11 +169,18 @@ void Packer::end() {
     if (last_ != end_)
         throw DataError(to_.path() + ": a document ends with id " + std::to_string(last_) + ", and the first one with " +
                         std::to_string(end_) + "; packs are padded with the id that ends all documents");
+    if (left_ != 0 || inner_ != 0) throw DataError(to_.path() + ": less of a document came than its length");
+    open_ = false;
     if (static_cast<std::int64_t>(bytes_.size()) >= kTokens * item_ || static_cast<std::int64_t>(lengths_.size()) >= kDocuments)
         flush();
 }
 
+void Packer::require_whole() const {
+    if (open_) throw DataError(to_.path() + ": a document before did not come whole; pack them again");
+}
+
 void Packer::flush() {
+    require_whole();
     const std::vector<std::int32_t> packs = best_fit(lengths_.data(), static_cast<std::int64_t>(lengths_.size()), pack_);
     // The documents of a pack in their order, linked from last to first; a pack is written at its first document.
     std::vector<std::int32_t> first(packs.size(), -1), after(packs.size(), -1);

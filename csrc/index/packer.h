@@ -11,8 +11,8 @@
 namespace megapoly {
 
 // Best-fit decreasing: the longest first, each into the pack with the least room in which it fits (of several the one
-// that was filled last), or into a new one. lengths[count] are in [1, pack]. Returns the pack of every item; packs are
-// numbered as they were begun. Time is count log(pack) / log(64).
+// that was filled last), or into a new one. lengths[count] are in [1, pack], and fewer than 2^31. Returns the pack of
+// every item; packs are numbered as they were begun. Time is count log(pack) / log(64).
 std::vector<std::int32_t> best_fit(const std::int32_t* lengths, std::int64_t count, std::int64_t pack);
 
 // Documents into packs of one length (Ding et al., "Fewer Truncations Improve Language Modeling", 2024). A longer one is
@@ -41,6 +41,7 @@ public:
 private:
     std::int64_t token(const unsigned char* bytes) const;
     void begin_piece();
+    void require_whole() const;
 
     Writer& to_;
     std::int64_t pack_, end_, item_;
@@ -50,6 +51,7 @@ private:
     std::int64_t left_ = 0;   // tokens of the document that are to come
     std::int64_t inner_ = 0;  // bytes of its piece that are to come
     bool whole_ = false;      // its piece is a pack
+    bool open_ = false;       // it has not come whole
     std::int64_t last_ = -1;  // the last token that came
     std::int64_t cut_ = 0, padded_ = 0, padding_tokens_ = 0;
 };

@@ -17,6 +17,7 @@ Part::Part(std::string path, int descriptor, std::int64_t size, int code, std::v
       item_(with_token_type(code, [](auto token) { return static_cast<std::int64_t>(sizeof(token)); })),
       crcs_(std::move(crcs)),
       block_(kBlock) {
+    if (size < 0) throw DataError(path_ + ": cannot have " + std::to_string(size) + " bytes");
     const std::size_t blocks = (static_cast<std::size_t>(size) + kBlock - 1) / kBlock;
     if (!crcs_.empty() && crcs_.size() != blocks)
         throw DataError(path_ + ": has " + std::to_string(blocks) + " blocks, and " + std::to_string(crcs_.size()) +
@@ -46,9 +47,14 @@ void Part::refuse(std::int64_t start, std::int64_t size) const {
 
 void Part::hand_on(std::int64_t first, const std::int64_t* lengths, std::int64_t count, const std::uint8_t* keep,
                    Documents& to) {
+    const std::int64_t tokens = size_ / item_;
+    if (first < 0 || first > tokens)
+        throw DataError(path_ + ": holds no token " + std::to_string(first) + " in its " + std::to_string(tokens));
     std::int64_t start = first * item_;
     for (std::int64_t i = 0; i < count; ++i) {
-        if (lengths[i] < 0) throw DataError(path_ + ": a document of " + std::to_string(lengths[i]) + " tokens");
+        if (lengths[i] < 0 || lengths[i] > tokens - start / item_)
+            throw DataError(path_ + ": a document of " + std::to_string(lengths[i]) + " tokens from token " +
+                            std::to_string(start / item_) + " on leaves the file's " + std::to_string(tokens));
         const std::int64_t size = lengths[i] * item_;
         if (lengths[i] != 0 && (keep == nullptr || keep[i] != 0)) {
             to.begin(lengths[i]);

@@ -19,6 +19,10 @@ constexpr std::int64_t kOverhead = 32;  // bytes that a document takes beside it
 Reorder::Reorder(const std::string& path, std::int64_t documents, std::int64_t bytes, std::int64_t item,
                  std::int64_t memory)
     : file_(path), documents_(documents), item_(item), memory_(memory) {
+    constexpr std::int64_t kMost = std::int64_t{1} << 56;
+    if (documents < 0 || bytes < 0 || memory < 0 || documents > kMost || bytes > kMost || item < 1 || item > 8)
+        throw DataError(file_.path() + ": cannot shuffle " + std::to_string(documents) + " documents of " +
+                        std::to_string(bytes) + " bytes in " + std::to_string(memory));
     const std::int64_t all = bytes + kOverhead * documents, quarter = memory / 4;
     if (all <= 3 * quarter) {
         buckets_.resize(1);
@@ -46,12 +50,18 @@ void Reorder::expect(const std::int64_t* places, std::int64_t count) {
 }
 
 void Reorder::begin(std::int64_t tokens) {
+    if (open_ != nullptr) throw DataError(file_.path() + ": a document before did not come whole; shuffle them again");
     if (next_ == places_.size()) throw DataError(file_.path() + ": more documents came than places were given");
     const Head head{places_[next_], tokens * item_};
     const auto bucket = static_cast<unsigned __int128>(head.place) * buckets_.size() / static_cast<std::uint64_t>(documents_);
     open_ = &buckets_[static_cast<std::size_t>(bucket)];
     ++open_->documents;
     append(*open_, reinterpret_cast<const unsigned char*>(&head), sizeof(head));
+}
+
+void Reorder::end() {
+    open_ = nullptr;
+    ++next_;
 }
 
 void Reorder::piece(const unsigned char* bytes, std::size_t size) { append(*open_, bytes, size); }

@@ -23,7 +23,7 @@ public:
     void expect(const std::int64_t* places, std::int64_t count);
     void begin(std::int64_t tokens) override;
     void piece(const unsigned char* bytes, std::size_t size) override;
-    void end() override { ++next_; }
+    void end() override;
 
     std::int64_t buckets() const noexcept { return static_cast<std::int64_t>(buckets_.size()); }
     // Hands the documents of a bucket on, in order, and lets go of what it held. Returns their bytes.
@@ -50,7 +50,7 @@ private:
     std::int64_t limit_ = 0;  // of a buffer, in bytes
     std::int64_t written_ = 0;
     std::vector<Bucket> buckets_;
-    Bucket* open_ = nullptr;
+    Bucket* open_ = nullptr;  // of the document that is coming
     std::vector<std::int64_t> places_;
     std::size_t next_ = 0;  // of them
 };

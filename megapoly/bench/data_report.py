@@ -59,9 +59,9 @@ def notes(document: dict[str, Any]) -> list[str]:
             found.append(f"10^12 samples take {number(row['value_1e12'])} ms{memory}")
         if "times_slower" in row:
             found.append(f"{row['times_slower']:.2f} times slower than samples; wanted 1.3 at most")
-        if "value_two_threads" in row:
-            wanted = row["wanted_two_threads"]
-            found.append(f"{number(row['value_two_threads'])} MB/s with two threads on two cores; wanted {wanted}")
+        if "value_two_cores" in row:
+            wanted = row["wanted_two_cores"]
+            found.append(f"{number(row['value_two_cores'])} MB/s on two cores; wanted {wanted}")
         if "limit" in row:
             found.append(f"the limit is {row['limit_of']}, {number(row['limit'])} {row['unit']}")
         if "note" in row:

@@ -85,7 +85,7 @@ def write(prefix: str, tokens: int, mean: int, vocabulary: int) -> Measured:
 def encode(prefix: str, texts: Sequence[str], tokenizer: str, threads: int) -> Measured:
     """A whole build, from JSON lines; the work is bytes of text."""
     loaded = Tokenizer.load(tokenizer)
-    options = Options(validation_fraction=0.0, threads=threads, overwrite=True)
+    options = Options(validation_fraction=0.0, processes=threads, threads=threads, overwrite=True)
     with watch() as result:
         made = build([Path(text) for text in texts], prefix, loaded, language="en", options=options)
     result.work = made.bytes

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich", "pretty_exceptions_enable": False}
 
+Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Path without .bin, .idx, .json.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 
 # How `data build` and `data merge` put documents together.
@@ -57,13 +58,16 @@ def print_whole(table: Table) -> None:
 
 
 @contextmanager
-def make_bar(name: str) -> Iterator[tuple[Progress, Any]]:
+def make_bar(name: str, speed: str | None = None) -> Iterator[tuple[Progress, Any]]:
+    """A bar of bytes. Of their speed too; or ``speed`` names the field of the task that holds what to show instead."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    shown = f"{{task.fields[{speed}]}}" if speed else TransferSpeedColumn()
+    fields: dict[str, Any] = {speed: ""} if speed else {}
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), shown, TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar, bar.add_task(name, total=None)
+        yield bar, bar.add_task(name, total=None, **fields)
 
 
 def describe_assembly(made: Sidecar) -> str:

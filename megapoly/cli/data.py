@@ -1,15 +1,14 @@
-"""``megapoly data``: look into and verify indexed datasets; building and merging have files of their own."""
+"""``megapoly data``: verify indexed datasets; the other commands have files of their own."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from megapoly.cli.common import SETTINGS, make_bar, make_table
+from megapoly.cli.common import SETTINGS, Prefixes, make_bar
 from megapoly.cli.data_build import data_build
+from megapoly.cli.data_inspect import data_head, data_inspect
 from megapoly.cli.data_merge import data_merge
 from megapoly.cli.data_plan import data_plan
 from megapoly.errors import DataError
@@ -18,53 +17,11 @@ data_app = typer.Typer(
     help="Build, merge, look into and verify indexed datasets, and plan what a run reads.", **SETTINGS
 )
 
-Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Path without .bin, .idx, .json.")]
-
 data_app.command("build")(data_build)
 data_app.command("merge")(data_merge)
 data_app.command("plan")(data_plan)
-
-
-@data_app.command("inspect")
-def data_inspect(
-    prefixes: Prefixes,
-    tokenizer: Annotated[Path | None, typer.Option(help="Check that this tokenizer built them.")] = None,
-    document: Annotated[int | None, typer.Option(help="Show this document; as text, with --tokenizer.")] = None,
-) -> None:
-    """What indexed datasets hold.
-
-    [bold]Example:[/bold] megapoly data inspect data/en data/th --tokenizer poly.model --document 0
-    """
-    from megapoly.data.indexed import IndexedDataset
-    from megapoly.data.tokenizer import Tokenizer, check_matches
-
-    loaded = Tokenizer.load(tokenizer) if tokenizer else None
-    table = make_table("dataset", "lang", "documents", "held\nout", "tokens", "held\nout", "MB", "ids", "model")
-    shown = []
-    for prefix in prefixes:
-        dataset = IndexedDataset(prefix)
-        if loaded:
-            check_matches(loaded, dataset)
-        side = dataset.sidecar
-        table.add_row(
-            prefix.name,
-            side.language if side else "?",
-            f"{dataset.documents:,}",
-            f"{dataset.documents - dataset.train_documents:,}",
-            f"{dataset.tokens:,}",
-            f"{dataset.tokens - dataset.train_tokens:,}",
-            f"{side.bytes / 1e6:.2f}" if side else "?",
-            f"{side.tokenizer.vocabulary:,}" if side else dataset.dtype.name,
-            side.tokenizer.sha256[:6] if side else "?",
-        )
-        if document is not None:
-            if not 0 <= document < dataset.documents:
-                raise DataError(f"{prefix}: document {document} of {dataset.documents}; the first is 0")
-            ids = dataset.document(document).tolist()
-            shown.append(f"{prefix}, document {document}, {len(ids)} tokens:\n{loaded.decode(ids) if loaded else ids}")
-    Console().print(table)
-    for text in shown:
-        print(text)
+data_app.command("inspect")(data_inspect)
+data_app.command("head")(data_head)
 
 
 @data_app.command("verify")

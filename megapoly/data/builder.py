@@ -1,246 +1,246 @@
-"""From JSON lines to an indexed dataset, in constant memory. No torch.
+"""From text to an indexed dataset: by several processes, in bounded memory, whatever interrupts it. No torch.
 
-A record is encoded and ended by ``</s>``. Whether it is held out for validation is a keyed hash of what it says and of
-nothing else, so that the same text falls on the same side in every dataset of a seed, and the two sides of a pair do.
-Held-out documents wait in a file without a name and are appended at the end. The files get their names when all are
-whole; the .idx, without which nothing can open a dataset, comes last.
+The input is cut into pieces (:mod:`megapoly.data.pieces`). Each becomes a dataset of its own in the folder PREFIX.build
+(:mod:`megapoly.data.work`), whole or not at all, by a worker process (:mod:`megapoly.data.worker`); then all become the
+dataset at PREFIX (:mod:`megapoly.data.merge`), and the folder goes. So its bytes depend on the input and the options
+alone, not on processes, threads or interruptions.
+
+**Memory**: every process holds a piece of 32 MiB of a compressed input, once or twice, and what a batch of 4 MiB of
+text becomes: 300 MB at most, of records of up to 1 MB; the longest record that is read, of 128 MiB, needs ten times its
+size. Of a Parquet file it is 256 rows, and the columns of a row group as they are compressed. What ``assembly`` needs
+has a bound of its own. **Disk**: the tokens twice, the second time in the work folder, and what
+:class:`~megapoly.data.merge.Assembly` says besides.
 """
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO
 
-import numpy as np
-import numpy.typing as npt
-
-import megapoly
-from megapoly.data import _index, bilingual
-from megapoly.data.indexed import dtype_code
-from megapoly.data.naming import NewDataset, new_dataset
-from megapoly.data.readers import BadRecord, Reader, Record, open_reader
-from megapoly.data.sidecar import Checksums, Sidecar, TokenizerMark, Validation
+from megapoly.data.documents import Options, Shard, held_out
+from megapoly.data.encode import Encoder
+from megapoly.data.indexed import part
+from megapoly.data.merge import Assembly, merge
+from megapoly.data.naming import new_dataset
+from megapoly.data.pieces import Piece, Span, cut, divide, most_pieces
+from megapoly.data.readers import expand
+from megapoly.data.sidecar import Sidecar
+from megapoly.data.skipped import join_skipped
 from megapoly.data.tokenizer import Tokenizer
-from megapoly.errors import ConfigError, DataError
+from megapoly.data.work import Job, Work
+from megapoly.data.worker import Done, Setup, Workers
+from megapoly.errors import DataError
 
-_BATCH_BYTES = 4 << 20  # of text encoded together
-
-
-@dataclass(frozen=True)
-class Options:
-    """How records are read and split.
-
-    Attributes:
-        fields: the field of the text, or the two fields of a pair, named by their language codes. Where none is given:
-            ``text``, or the two fields of the record that are named by language codes.
-        pairs: records are pairs, written as :mod:`megapoly.data.bilingual` says.
-        key_field: the field that decides, where a record has it, what is held out; else the text does, of a pair the
-            English text (its first, where none is English).
-        validation_fraction: share of the documents to hold out.
-        seed: of the split and of the forms of pairs.
-        threads: for encoding; 0 is one for each core.
-        overwrite: replace a dataset that exists.
-    """
-
-    fields: tuple[str, ...] = ()
-    pairs: bool = False
-    key_field: str = "key"
-    validation_fraction: float = 0.001
-    seed: int = 1234
-    threads: int = 0
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.fields and len(self.fields) != 1 + self.pairs:
-            expected = "a pair has two" if self.pairs else "a text has one; for pairs of two, set pairs"
-            raise ConfigError(f"fields {self.fields}: {expected}")
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction {self.validation_fraction} is not in [0, 1), such as 0.001")
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed {self.seed} is not in [0, 2^64)")
-
+__all__ = ["Assembly", "Options", "Progress", "Shard", "build", "held_out"]
 
 _DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a build is: documents and bytes of text so far; bytes of the input files, read and in all."""
+    """How far a build is.
 
-    documents: int
-    bytes: int
-    input_read: int
-    input_size: int
+    Attributes:
+        documents, bytes: of text, that have been encoded, those of interrupted runs too.
+        kept_documents, kept_bytes: those of interrupted runs among them.
+        input_read, input_size: bytes of the input files, in all the shard's share.
+        assembled, to_assemble: bytes that are put together when all is encoded; 0 before that.
+    """
 
-
-@dataclass(frozen=True)
-class _Document:
-    text: str
-    held_out: bool
-
-    @property
-    def bytes(self) -> int:
-        return len(self.text.encode())
-
-
-@dataclass
-class _Tally:
     documents: int = 0
     bytes: int = 0
-    tokens: int = 0
+    kept_documents: int = 0
+    kept_bytes: int = 0
+    input_read: int = 0
+    input_size: int = 0
+    assembled: int = 0
+    to_assemble: int = 0
 
 
-def held_out(key: str, seed: int, fraction: float) -> bool:
-    """Whether a document with this key is held out: blake2b(key, seed) as a number in [0, 1) is below ``fraction``."""
-    digest = blake2b(key.encode(), digest_size=8, key=seed.to_bytes(8, "little"), person=b"validation").digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
+Show = Callable[[Progress], None]
 
 
 def build(
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | str],
     prefix: str | Path,
     tokenizer: Tokenizer,
     *,
     language: str,
     options: Options = _DEFAULTS,
-    progress: Callable[[Progress], None] = lambda progress: None,
+    progress: Show = lambda progress: None,
 ) -> Sidecar:
-    """Encode .jsonl or .jsonl.gz files into PREFIX.bin, .idx and .json.
+    """Encode text into PREFIX.bin, .idx and .json.
+
+    What an interrupted build of the same files, tokenizer and options has left in PREFIX.build is not done again.
+
+    Args:
+        inputs: files, directories and patterns, as :func:`megapoly.data.readers.expand` takes them.
 
     Raises:
-        DataError: a bad line (named with its file), no document, no document left for training, a dataset at PREFIX
-            already, or files that cannot be read or written. Nothing is left behind.
+        DataError: a bad record (named with its file and line), no document, no document left for training, a dataset
+            at PREFIX already, another build in PREFIX.build, files that cannot be read or written or change meanwhile,
+            or a worker that was killed. No file gets its name in PREFIX; parts that are whole stay in PREFIX.build.
     """
-    with new_dataset(Path(prefix), overwrite=options.overwrite) as new:
-        sidecar = _write(inputs, new, tokenizer, language, options, progress)
-        new.name(sidecar)
+    prefix = Path(prefix)
+    _check_outside(prefix, inputs)
+    files = expand(inputs)
+    job = Job.of(files, tokenizer, language, options, prefix)
+    spans = divide(files, options.input, options.shard)
+    with Work.open(prefix, job, options.assembly, overwrite=options.overwrite) as work:
+        if not work.finished:
+            tally = _Tally(sum(span.size for span in spans), progress)
+            _Encoding(work, tokenizer, language, options, tally).run(spans)
+            if changed := job.difference(Job.of(files, tokenizer, language, options, prefix)):
+                raise DataError(f"{prefix}: {changed}, which has changed while it was read; build with --overwrite")
+            _assemble(work, options, inputs, tally)
+        sidecar = Sidecar.read(part(prefix, ".json"))
+        assert sidecar is not None
+        work.remove()
     return sidecar
 
 
-def _write(
-    inputs: Sequence[Path],
-    new: NewDataset,
-    tokenizer: Tokenizer,
-    language: str,
-    options: Options,
-    progress: Callable[[Progress], None],
-) -> Sidecar:
-    """Write the .bin and the .idx under their temporary names; what the sidecar will say."""
-    files = [open_reader(path) for path in inputs]
-    writer = _index.Writer(new.bin, new.idx, dtype_code(tokenizer.vocabulary), tokenizer.vocabulary)
-    trained, held_back = _Tally(), _Tally()
-    folder = new.prefix.parent
-    with tempfile.TemporaryFile(dir=folder) as waiting, tempfile.TemporaryFile(dir=folder) as counts:
-        spool = _Spool(waiting, counts)
-        for batch, (ids, lengths) in _encoded(files, tokenizer, options):
-            held = np.array([document.held_out for document in batch])
-            sizes = np.array([document.bytes for document in batch])
-            for sink, tally, chosen in ((writer, trained, ~held), (spool, held_back, held)):
-                tally.documents += int(chosen.sum())
-                tally.bytes += int(sizes[chosen].sum())
-                tally.tokens += int(lengths[chosen].sum())
-                sink.append(ids if chosen.all() else ids[np.repeat(chosen, lengths)], lengths[chosen])
-            read, size = sum(file.position for file in files), sum(file.size for file in files)
-            progress(Progress(trained.documents + held_back.documents, trained.bytes + held_back.bytes, read, size))
-        if not trained.documents:
-            raise _no_document(inputs, language, held_back.documents, options)
-        spool.drain(writer)
-    documents, tokens, bin_crcs, idx_crcs = writer.finish()
-    return Sidecar(
-        language=language,
-        tokenizer=TokenizerMark(sha256=tokenizer.sha256, vocabulary=tokenizer.vocabulary),
-        documents=documents,
-        tokens=tokens,
-        bytes=trained.bytes + held_back.bytes,
-        validation=Validation(fraction=options.validation_fraction, seed=options.seed, **asdict(held_back)),
-        checksums=Checksums(block=_index.BLOCK_BYTES, bin=Checksums.join(bin_crcs), idx=Checksums.join(idx_crcs)),
-        tool=f"megapoly {megapoly.__version__}",
-    )
+def _check_outside(prefix: Path, inputs: Sequence[Path | str]) -> None:
+    """Refuse to write where text is read from: it would be taken for text the next time."""
+    for given in map(Path, inputs):
+        if given.is_dir() and given.resolve() in prefix.resolve().parents:
+            raise DataError(f"{prefix}: lies in {given}, all of which is read; choose another place for the dataset")
 
 
-def _no_document(inputs: Sequence[Path], language: str, held: int, options: Options) -> DataError:
+class _Tally:
+    """Adds up what is done, and shows it."""
+
+    def __init__(self, input_size: int, show: Show) -> None:
+        self._size, self._show = input_size, show
+        self._documents = self._bytes = self._kept_documents = self._kept_bytes = self._read = 0
+        self._pieces: dict[int, int] = {}  # bytes of text so far of those that are not whole
+
+    def keep(self, side: Sidecar) -> None:
+        """Count what a part of an interrupted run holds."""
+        self._documents += side.documents
+        self._bytes += side.bytes
+        self._kept_documents += side.documents
+        self._kept_bytes += side.bytes
+
+    def read(self, size: int) -> None:
+        """Count bytes of the input whose documents are counted already."""
+        self._read += size
+        self._tell()
+
+    def piece(self, piece: Piece, done: Done) -> None:
+        """Count what a piece has become since the last time."""
+        self._documents += done.documents
+        self._bytes += done.bytes
+        before = self._pieces.pop(piece.number, 0)
+        if done.whole:
+            self._read += piece.read - _share(piece, before)
+        else:
+            self._pieces[piece.number] = before + done.bytes
+            self._read += _share(piece, before + done.bytes) - _share(piece, before)
+        self._tell()
+
+    def assembled(self, done: int, total: int) -> None:
+        self._tell(done, total)
+
+    def _tell(self, assembled: int = 0, to_assemble: int = 0) -> None:
+        kept = (self._kept_documents, self._kept_bytes)
+        read = (self._read, self._size)
+        self._show(Progress(self._documents, self._bytes, *kept, *read, assembled, to_assemble))
+
+
+def _share(piece: Piece, text: int) -> int:
+    """About how many bytes of the input so many bytes of text of a piece were."""
+    return piece.read * min(text, piece.size) // max(piece.size, 1)
+
+
+class _Encoding:
+    """The pieces that are not whole yet, on their way to be."""
+
+    def __init__(self, work: Work, tokenizer: Tokenizer, language: str, options: Options, tally: _Tally) -> None:
+        self._work, self._tokenizer, self._language = work, tokenizer, language
+        self._options, self._tally = options, tally
+
+    def run(self, spans: Sequence[Span]) -> None:
+        """Make all parts."""
+        todo = self._missing(spans)
+        ahead = list(islice(todo, 2))
+        single = len(ahead) < 2
+        todo = _handed_over(ahead, todo)
+        processes = min(self._options.processes or _cores(), most_pieces(spans))
+        if processes == 1 or single:
+            self._alone(todo)
+            return
+        setup = Setup(self._tokenizer.path, self._tokenizer.sha256, self._language, self._options)
+        with Workers(processes, setup, (self._work.lock,)) as workers:
+            workers.run(todo, lambda piece: self._work.part(piece.number), self._tally.piece)
+
+    def _missing(self, spans: Sequence[Span]) -> Iterator[Piece]:
+        """The pieces of which there is no whole part."""
+        whole = self._work.whole()
+        for number in whole:
+            self._tally.keep(self._work.sidecar(number))
+        first, span = self._work.start(whole)
+        if span:
+            self._tally.read(sum(each.size for each in spans[:span]))
+        for piece in cut(spans, self._options.input, first, span):
+            if piece.span is not None:
+                self._work.begins(piece.number, piece.span)
+            if piece.number in whole:
+                self._tally.read(piece.read)
+            else:
+                yield piece
+
+    def _alone(self, pieces: Iterator[Piece]) -> None:
+        encoder = Encoder(self._tokenizer, self._language, self._options, self._options.threads or _cores())
+        for piece in pieces:
+
+            def tell(documents: int, size: int, piece: Piece = piece) -> None:
+                self._tally.piece(piece, Done(documents, size, False))
+
+            encoder.write(piece.chunks, self._work.part(piece.number), tell)
+            self._tally.piece(piece, Done(0, 0, True))
+            piece = piece.without_text()  # before the next one takes as much
+
+
+def _handed_over(ahead: list[Piece], todo: Iterator[Piece]) -> Iterator[Piece]:
+    """All of both; what has been given is not held."""
+    while ahead:
+        yield ahead.pop(0)
+    yield from todo
+
+
+def _assemble(work: Work, options: Options, inputs: Sequence[Path | str], tally: _Tally) -> None:
+    """Make the dataset of all parts; of a single one by giving it its name."""
+    sides = [work.sidecar(number) for number in sorted(work.whole())]
+    filled = [number for number, side in enumerate(sides) if side.documents]
+    held = sum(side.validation.documents for side in sides)
+    if not filled or held == sum(side.documents for side in sides):
+        work.remove()
+        raise _no_document(inputs, sides, held, options)
+    skipped = join_skipped(side.skipped for side in sides)
+    work.assembling(options.assembly)
+    if len(filled) > 1 or options.assembly.changes:
+        parts = [work.part(number) for number in filled]
+        merge(parts, work.prefix, options.assembly, overwrite=True, skipped=skipped, progress=tally.assembled)
+        return
+    with new_dataset(work.prefix, overwrite=True) as new:
+        work.hand_over(filled[0], new)
+        new.name(sides[filled[0]].model_copy(update={"skipped": skipped}))
+
+
+def _no_document(inputs: Sequence[Path | str], sides: Sequence[Sidecar], held: int, options: Options) -> DataError:
+    skipped = sum(each.records for side in sides for each in side.skipped)
     if not held:
-        return DataError(f"no document for {language!r} in {[str(path) for path in inputs]}")
+        found = f"no document in {[str(path) for path in inputs]}"
+        return DataError(f"{found}; {f'all {skipped} records are bad' if skipped else 'give files that hold text'}")
     return DataError(
-        f"all {held} documents for {language!r} are held out by validation_fraction {options.validation_fraction};"
-        " lower it, or give more documents"
+        f"all {held} documents of {[str(path) for path in inputs]} are held out by validation_fraction"
+        f" {options.validation_fraction}; lower it, or give more documents"
     )
 
 
-def _encoded(
-    files: Sequence[Reader], tokenizer: Tokenizer, options: Options
-) -> Iterator[tuple[list[_Document], tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]]:
-    """Batches with their ids and lengths, ends included; the next batch is read while one is encoded."""
-
-    def encode(texts: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        return _with_ends(*tokenizer.encode_flat(texts, options.threads), tokenizer.eod)
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting: list[_Document] = []
-        pending = None
-        for batch in _batches(files, options):
-            submitted = pool.submit(encode, [document.text for document in batch])
-            if pending is not None:
-                yield waiting, pending.result()
-            waiting, pending = batch, submitted
-        if pending is not None:
-            yield waiting, pending.result()
-
-
-def _with_ends(
-    ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], eod: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """The same documents, each ended by ``eod``."""
-    return np.insert(ids, np.cumsum(lengths), eod), lengths + 1
-
-
-def _batches(files: Sequence[Reader], options: Options) -> Iterator[list[_Document]]:
-    batch: list[_Document] = []
-    held = 0
-    for record in (record for file in files for record in file):
-        if isinstance(record, BadRecord):
-            raise record
-        batch.append(_document(record, options))
-        held += batch[-1].bytes
-        if held >= _BATCH_BYTES:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def _document(record: Record, options: Options) -> _Document:
-    if options.pairs:
-        first, second = options.fields or bilingual.pair_fields(record)
-        texts = (record.text(first), record.text(second))
-        text = bilingual.render((first, second), texts, options.seed)
-        key = texts[1] if second == "en" else texts[0]
-    else:
-        key = text = record.text(*(options.fields or ("text",)))
-    if options.key_field in record.values:
-        key = record.text(options.key_field)
-    return _Document(text, held_out(key, options.seed, options.validation_fraction))
-
-
-class _Spool:
-    """Documents that wait in two files for those before them."""
-
-    def __init__(self, ids: IO[bytes], lengths: IO[bytes]) -> None:
-        self._ids, self._lengths = ids, lengths
-
-    def append(self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
-        self._ids.write(ids.tobytes())
-        self._lengths.write(lengths.tobytes())
-
-    def drain(self, writer: _index.Writer) -> None:
-        """Hand everything to ``writer``, one document at a time."""
-        self._ids.seek(0)
-        self._lengths.seek(0)
-        while entry := self._lengths.read(8):
-            length = np.frombuffer(entry, np.int64)
-            writer.append(np.frombuffer(self._ids.read(4 * int(length[0])), np.int32), length)
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

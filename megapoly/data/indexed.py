@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megapoly.data import _index
-from megapoly.data.sidecar import Checksums, Sidecar
+from megapoly.data.sidecar import Checksums, Sidecar, has_changed
 from megapoly.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -172,10 +172,14 @@ class IndexedDataset:
         """What :mod:`megapoly.data.merge` reads from; where there is a sidecar, it compares the checksums as it reads.
 
         Raises:
-            DataError: the .idx is not what its checksums tell.
+            DataError: the .idx or the .json is not what its checksums tell.
         """
         sums, crcs = self.sidecar.checksums if self.sidecar else None, list[int]()
         if sums is not None:
+            if has_changed(path := part(self.prefix, ".json")):
+                raise DataError(
+                    f"{path}: the content has changed since it was built (checksum); build or copy the dataset anew"
+                )
             crcs = Checksums.split(sums.bin)
             wanted = Checksums.split(sums.idx)
             found, _, _ = _index.scan(str(self.idx_path), self._index, 0, 0, 0, len(wanted))
@@ -253,6 +257,12 @@ class IndexedDataset:
             raise DataError(
                 f"{part(self.prefix, '.json')}: is of another build: it tells of {sidecar.documents} documents and"
                 f" {sidecar.tokens} tokens, the .idx of {self.documents} and {self.tokens}; build the dataset again"
+            )
+        most = int(np.iinfo(self.dtype).max)
+        if sidecar.tokenizer.vocabulary - 1 > most:
+            raise DataError(
+                f"{part(self.prefix, '.json')}: tells of a vocabulary of {sidecar.tokenizer.vocabulary}, and ids of the"
+                f" .idx's type {self.dtype.name} are at most {most}; one of the two is damaged, build the dataset again"
             )
         self._check_checksums(sidecar.checksums)
         self.train_documents -= sidecar.validation.documents

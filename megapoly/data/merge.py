@@ -19,7 +19,8 @@ from megapoly.data.indexed import DTYPES, IndexedDataset
 from megapoly.data.naming import NewDataset, new_dataset
 from megapoly.data.parts import Int64s, Part, count_documents, documents
 from megapoly.data.permutation import derive_key
-from megapoly.data.sidecar import Checksums, Duplicates, Padding, Sidecar, TokenizerMark, Validation
+from megapoly.data.sidecar import Checksums, Duplicates, Padding, Sidecar, Skipped, TokenizerMark, Validation
+from megapoly.data.skipped import join_skipped
 from megapoly.errors import ConfigError, DataError
 
 _PACKING_MB = 256  # that packing holds at most
@@ -82,6 +83,7 @@ def merge(
     assembly: Assembly = _PLAIN,
     *,
     overwrite: bool = False,
+    skipped: Sequence[Skipped] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sidecar:
     """Write PREFIX.bin, .idx and .json from datasets of one tokenizer, language and split.
@@ -91,6 +93,7 @@ def merge(
 
     Args:
         parts: the datasets, in order: of all a .json is there, or of none.
+        skipped: the bad records that were left out of all; those of the parts where it is not given.
         progress: hears of the bytes done and of all bytes to do.
 
     Returns:
@@ -109,6 +112,8 @@ def merge(
     shown = _Progress(progress, passes * sum(each.bytes for each in found))
     with new_dataset(Path(prefix), overwrite=overwrite) as new:
         sidecar = _Assembler(found, new, assembly, shown).run()
+        if skipped is not None:
+            sidecar = sidecar.model_copy(update={"skipped": tuple(skipped)})
         new.name(sidecar if found[0].sidecar else None)
     return sidecar
 
@@ -211,6 +216,7 @@ class _Assembler:
                 "bytes": text + held_text,
                 "pack": self._assembly.pack or side.pack,
                 "padding": self._padding(),
+                "skipped": join_skipped(s.skipped for s in _sidecars(self._parts)),
                 "duplicates": _sum([self._removed, *(s.duplicates for s in _sidecars(self._parts))]),
                 "validation": side.validation.model_copy(update=held),
                 "checksums": Checksums(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,14 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); get the file anew") from error
 
 
-def row_groups(path: Path, size: int) -> Iterator[tuple[int, int, int]]:
+def row_groups(path: Path, size: int, fields: Sequence[str]) -> Iterator[tuple[int, int, int]]:
     """Pieces of about ``size`` bytes in memory: first row group, the one after the last, and the first row, from 1.
 
     Raises:
         DataError: the file is damaged or no Parquet.
     """
     with _opened(path) as file:
+        _check_footer(path, file.metadata, fields)
         first = row = 0
         held = rows = 0
         for group in range(file.num_row_groups):
@@ -46,6 +48,27 @@ def row_groups(path: Path, size: int) -> Iterator[tuple[int, int, int]]:
                 first, row, held, rows = group + 1, row + rows, 0, 0
         if first < file.num_row_groups:
             yield first, file.num_row_groups, row + 1
+
+
+def _check_footer(path: Path, metadata: Any, fields: Sequence[str]) -> None:
+    """The pages of a file have checksums, its footer has none: it could lose rows, or have some come twice."""
+    chosen = [
+        i for i in range(metadata.num_columns) if not fields or metadata.schema.column(i).path.split(".")[0] in fields
+    ]
+    places, rows = [], 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        rows += group.num_rows
+        for column in map(group.column, chosen):
+            starts = [at for at in (column.dictionary_page_offset, column.data_page_offset) if at]
+            places.append((min(starts, default=0), column.total_compressed_size))
+    places.sort()
+    overlap = any(start + size > after for (start, size), (after, _) in itertools.pairwise(places))
+    if rows != metadata.num_rows or overlap:
+        raise DataError(
+            f"{path}: cannot be read (its footer is damaged: {rows} rows in row groups, {metadata.num_rows} in all,"
+            f" columns {'one over the other' if overlap else 'apart'}); get the file anew"
+        )
 
 
 def rows(path: Path, start: int, stop: int, number: int, fields: Sequence[str]) -> Iterator[Record | BadRecord]:
@@ -64,6 +87,7 @@ def rows(path: Path, start: int, stop: int, number: int, fields: Sequence[str]) 
             columns = names
         # Threads of the library's own would hang a process that was forked after they had begun.
         groups = range(start, stop)
+        first, count = number, sum(file.metadata.row_group(group).num_rows for group in groups)
         for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns or None, use_threads=False):
             try:
                 values = batch.to_pylist()
@@ -76,3 +100,8 @@ def rows(path: Path, start: int, stop: int, number: int, fields: Sequence[str]) 
                     what = f"is not UTF-8, at byte {error.start} of a field; convert the text to UTF-8"
                     yield BadRecord(path, number, "row", 0, "not UTF-8", what)
                 number += 1
+        if number - first != count:
+            raise DataError(
+                f"{path}: cannot be read (row groups {start} to {stop - 1} hold {number - first} rows, and the footer"
+                f" tells of {count}); get the file anew"
+            )

@@ -168,7 +168,7 @@ class Reader:
         suffix = compression.compression(self.path)
         kind = _format(self.path)
         if kind is _PARQUET:
-            cut = list(parquet.row_groups(self.path, size))
+            cut = list(parquet.row_groups(self.path, size, self._input.fields))
             for start, stop, row in cut:
                 yield Chunk(self.path, self._input, row, start, stop)
                 self.position = self.size * stop // cut[-1][1]

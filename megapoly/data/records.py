@@ -80,27 +80,28 @@ class BadRecords:
 
     Attributes:
         counts: how many were skipped, by kind.
+        first: the first few of every kind.
     """
 
     def __init__(self, policy: Policy = "stop", keep: int = 3) -> None:
         self._policy, self._keep = policy, keep
         self.counts: Counter[str] = Counter()
-        self._first: dict[str, list[BadRecord]] = {}
+        self.first: dict[str, list[BadRecord]] = {}
 
     def add(self, bad: BadRecord) -> None:
         """Raise it, or count it."""
         if self._policy == "stop":
             raise bad
         self.counts[bad.kind] += 1
-        kept = self._first.setdefault(bad.kind, [])
+        kept = self.first.setdefault(bad.kind, [])
         if len(kept) < self._keep:
             kept.append(bad)
 
     def merge(self, later: BadRecords) -> None:
         """Count what was skipped in a part of the input that comes after this one's."""
         self.counts += later.counts
-        for kind, found in later._first.items():
-            kept = self._first.setdefault(kind, [])
+        for kind, found in later.first.items():
+            kept = self.first.setdefault(kind, [])
             kept += found[: self._keep - len(kept)]
 
     def report(self) -> list[str]:
@@ -108,8 +109,8 @@ class BadRecords:
         lines = []
         for kind, count in self.counts.most_common():
             lines.append(f"skipped {count:,} bad records: {kind}")
-            lines += [f"  {bad}" for bad in self._first[kind]]
-            if count > len(self._first[kind]):
+            lines += [f"  {bad}" for bad in self.first[kind]]
+            if count > len(self.first[kind]):
                 lines.append("  ...")
         return lines
 

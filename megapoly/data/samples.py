@@ -49,6 +49,11 @@ class Batch:
     cu_seqlens: torch.Tensor | None
 
     @property
+    def token_source(self) -> torch.Tensor:
+        """[B, L] int32, ``source`` of every token, as a view that takes no memory."""
+        return self.source[:, None].expand_as(self.positions)
+
+    @property
     def max_seqlen(self) -> int | None:
         """Tokens of the longest document; None unless documents are separated. Waits for a GPU that the batch is on."""
         return None if self.cu_seqlens is None else int(self.cu_seqlens.diff().max())

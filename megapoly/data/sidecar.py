@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from megapoly.errors import DataError
 
-Count = Annotated[int, pydantic.Field(ge=0)]
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 Digits = Annotated[str, pydantic.Field(pattern="^([0-9a-f]{8})*$")]
+
+# How the text of a sidecar ends, which has no checksum elsewhere.
+_END = re.compile(rb'(.*),\n "crc32": "([0-9a-f]{8})"\n\}\n', re.DOTALL)
 
 
 class _Frozen(pydantic.BaseModel):
@@ -22,7 +27,7 @@ class TokenizerMark(_Frozen):
     """The tokenizer that wrote a dataset."""
 
     sha256: str
-    vocabulary: int
+    vocabulary: Annotated[int, pydantic.Field(ge=0, le=2**31)]
 
 
 class Validation(_Frozen):
@@ -72,6 +77,27 @@ class Padding(_Frozen):
     cut: Count
 
 
+class Place(_Frozen):
+    """Where a bad record stands and what is wrong with it.
+
+    Its ``number`` of ``unit`` (line or row) is counted from 1 at byte ``base`` of the file.
+    """
+
+    path: str
+    unit: str
+    number: Count
+    base: Count
+    what: str
+
+
+class Skipped(_Frozen):
+    """Bad records of one kind that were left out, and the first few of them."""
+
+    kind: str
+    records: Count
+    first: tuple[Place, ...]
+
+
 class Sidecar(_Frozen):
     """PREFIX.json. ``documents``, ``tokens`` and ``bytes`` (of UTF-8 text) count the held-out ones too.
 
@@ -92,6 +118,7 @@ class Sidecar(_Frozen):
     padding: Padding | None = None
     duplicates: Duplicates = Duplicates()
     templates: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     validation: Validation
     checksums: Checksums
     tool: str
@@ -117,5 +144,29 @@ class Sidecar(_Frozen):
                 " build the dataset again"
             ) from error
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_crc(cls, content: Any) -> Any:
+        """The checksum is of the file, not of what it tells: one that a person has changed can be read."""
+        return {key: value for key, value in content.items() if key != "crc32"} if type(content) is dict else content
+
     def text(self) -> str:
-        return self.model_dump_json(indent=1) + "\n"
+        """What is written: JSON, of which the last line is the CRC-32 of all before it, closed by a brace."""
+        body = self.model_dump_json(indent=1)
+        return f'{body[:-2]},\n "crc32": "{zlib.crc32(body.encode()):08x}"\n}}\n'
+
+
+def has_changed(path: Path) -> bool:
+    """Whether a sidecar is not as :meth:`Sidecar.text` wrote it; of one that never had a checksum that is not known.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more ({error.strerror}); try again") from error
+    found = _END.fullmatch(content)
+    if found is None:
+        return b'"crc32"' in content
+    return zlib.crc32(found[1] + b"\n}") != int(found[2], 16)

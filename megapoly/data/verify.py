@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from megapoly.data import _index
 from megapoly.data._index import BLOCK_BYTES
-from megapoly.data.indexed import DTYPES, Column, IndexedDataset
-from megapoly.data.sidecar import Checksums
+from megapoly.data.indexed import DTYPES, Column, IndexedDataset, part
+from megapoly.data.sidecar import Checksums, has_changed
+from megapoly.errors import DataError
 
 _CHUNK = 1 << 20  # entries of the .idx looked at together
 _BLOCKS = 16  # read by a thread at a time
@@ -62,16 +64,18 @@ def verify(
     dataset = IndexedDataset(prefix)
     sums = dataset.sidecar.checksums if dataset.sidecar else None
     limit = dataset.sidecar.tokenizer.vocabulary if dataset.sidecar else vocabulary
-    sizes = [path.stat().st_size for path in (dataset.idx_path, dataset.bin_path)]
+    columns = dataset.document_indices
+    sizes = (columns.offset + len(columns) * columns.itemsize, dataset.tokens * dataset.dtype.itemsize)
     code = next(code for code, name in DTYPES.items() if dataset.dtype == name)
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         scan = _Scan(pool, lambda done: progress(done, sum(sizes)))
-        changed, _ = scan(dataset.idx_path, sums.idx if sums else None, 0, None)
+        changed, _ = scan(dataset.idx_path, sizes[0], sums.idx if sums else None, 0, None)
         in_index = _told_with(changed, list(_index_damage(dataset)))
-        changed, wrong = scan(dataset.bin_path, sums.bin if sums else None, code, limit)
+        changed, wrong = scan(dataset.bin_path, sizes[1], sums.bin if sums else None, code, limit)
     in_tokens = _told_with(changed, [[_wrong_id(dataset, at, found, limit)] for at, found in wrong])
     # Where the index is damaged, it cannot be asked for documents.
-    return in_index + (in_tokens if in_index else [_with_documents(dataset, damage) for damage in in_tokens])
+    in_tokens = in_tokens if in_index else [_with_documents(dataset, damage) for damage in in_tokens]
+    return _sidecar_damage(dataset) + in_index + in_tokens
 
 
 class _Scan:
@@ -81,20 +85,27 @@ class _Scan:
         self._pool, self._progress, self._done = pool, progress, 0
 
     def __call__(
-        self, path: Path, digits: str | None, code: int, limit: int | None
+        self, path: Path, size: int, digits: str | None, code: int, limit: int | None
     ) -> tuple[list[Damage], list[tuple[int, int]]]:
-        """Changed blocks, neighbours joined; and of each block the first token outside the vocabulary, with its id."""
+        """Changed blocks, neighbours joined; and of each block the first token outside the vocabulary, with its id.
+
+        Of the first ``size`` bytes, which were there when the dataset was opened.
+        """
         wanted = Checksums.split(digits) if digits is not None else None
         below = np.iinfo(np.int64).max if limit is None else limit
-        size = path.stat().st_size
+        blocks = -(-size // BLOCK_BYTES)
         changed: list[Damage] = []
         wrong: list[tuple[int, int]] = []
-        with open(path, "rb") as file:
-            firsts = range(0, -(-size // BLOCK_BYTES), _BLOCKS)
+        with _opened(path) as file:
+            if os.fstat(file.fileno()).st_size != size:
+                raise DataError(f"{path}: had {size} bytes when it was opened, and has other ones now; verify it again")
+            firsts = range(0, blocks, _BLOCKS)
             parts = self._pool.map(
                 lambda first: _index.scan(str(path), file.fileno(), code, below, first, _BLOCKS), firsts
             )
             for first, (crcs, at, ids) in zip(firsts, parts, strict=True):
+                if first + len(crcs) < min(first + _BLOCKS, blocks):
+                    raise DataError(f"{path}: became shorter than its {size} bytes while it was read; verify it again")
                 for number, crc in enumerate(crcs, first):
                     if wanted is not None and crc != wanted[number]:
                         _add_block(changed, path, number * BLOCK_BYTES, min(size, (number + 1) * BLOCK_BYTES))
@@ -102,6 +113,13 @@ class _Scan:
                 self._progress(self._done + min(size, (first + _BLOCKS) * BLOCK_BYTES))
         self._done += size
         return changed, wrong
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more ({error.strerror}); verify it again") from error
 
 
 def _add_block(changed: list[Damage], path: Path, start: int, stop: int) -> None:
@@ -131,6 +149,13 @@ def _told_with(changed: list[Damage], seen: list[list[Damage]]) -> list[Damage]:
         else:
             result.append(places[0])
     return sorted(result, key=lambda damage: damage.start)
+
+
+def _sidecar_damage(dataset: IndexedDataset) -> list[Damage]:
+    path = part(dataset.prefix, ".json")
+    if dataset.sidecar is None or not has_changed(path):
+        return []
+    return [Damage(path, 0, path.stat().st_size, _CHANGED)]
 
 
 def _index_damage(dataset: IndexedDataset) -> Iterator[list[Damage]]:

@@ -15,6 +15,7 @@ from megapoly.data import _index
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.merge import Assembly, merge
 from megapoly.data.samples import NOT_COUNTED, read, validation
+from megapoly.data.sidecar import Sidecar
 from megapoly.data.verify import verify
 from megapoly.errors import DataError
 from tests.data.ondisk import VOCABULARY, write
@@ -192,7 +193,9 @@ def test_packs_of_a_corpus(tmp_path, vocabulary):
     merge([write(tmp_path / "c", train[:50], vocabulary=vocabulary)], tmp_path / "n", Assembly(pack=256))
     for name in ("m", "n"):
         path = tmp_path / f"{name}.json"
-        path.write_text(path.read_text().replace('"fraction": 0.1', '"fraction": 0.0'))
+        side = Sidecar.read(path)
+        alike = side.validation.model_copy(update={"fraction": 0.0})
+        path.write_text(side.model_copy(update={"validation": alike}).text())
     both = merge([tmp_path / "n", tmp_path / "m"], tmp_path / "both")
     other = IndexedDataset(tmp_path / "n").sidecar
     assert (both.pack, both.tokens) == (256, made.tokens + other.tokens)

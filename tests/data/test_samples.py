@@ -79,6 +79,7 @@ def test_rows_token_by_token(datasets, length, separate, with_tokens):
     )
     assert batch.samples.tolist() == samples.tolist()
     assert batch.source.tolist() == located.source.tolist()
+    assert batch.token_source.tolist() == [[source] * length for source in located.source.tolist()]
     assert (batch.tokens is None) == (batch.labels is None) == (not with_tokens)
     assert (batch.documents is None) == (not separate)
 

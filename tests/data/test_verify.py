@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import struct
 
 import numpy as np
 import pytest
 
+from megapoly.data import _index
+from megapoly.data import verify as module
+from megapoly.data.indexed import IndexedDataset
 from megapoly.data.verify import verify
+from megapoly.errors import DataError
 from tests.data.ondisk import VOCABULARY, patch, random_documents, write
 
 
@@ -94,6 +100,49 @@ def test_verify_locates_damage_in_the_index(large, offset, data, what, sidecar):
     found = verify(large)
     assert any(what in str(damage) and damage.start <= offset + 8 for damage in found)
     assert any("checksum" in damage.what for damage in found) is sidecar
+
+
+def test_verify_reads_every_byte_of_the_sidecar(tmp_path):
+    """What no other file tells of, such as the language, and what JSON does not mind, such as a space."""
+    prefix = write(tmp_path / "d", random_documents())
+    path = prefix.with_suffix(".json")
+    text = path.read_text()
+    for old, new in (('"xx"', '"xy"'), ("\n ", "\n  "), ('"test"', '"tesu"'), ('"crc32": "', '"crc32": "0')):
+        path.write_text(text.replace(old, new, 1))
+        (found,) = verify(prefix)
+        assert (found.path, found.start, found.stop) == (path, 0, path.stat().st_size)
+        assert "checksum" in found.what
+    without = json.loads(text)
+    del without["crc32"]
+    path.write_text(json.dumps(without))  # as an older tool wrote it
+    assert verify(prefix) == []
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_that_changes_while_it_is_verified(large, monkeypatch, suffix):
+    path = large.with_suffix(suffix)
+    opened = IndexedDataset(large)
+    monkeypatch.setattr(module, "IndexedDataset", lambda prefix: opened)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=rf"d\{suffix}: had \d+ bytes when it was opened"):
+        verify(large)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"d\{suffix}: cannot be read any more \(No such file"):
+        verify(large)
+
+
+def test_a_file_that_is_cut_between_two_reads(large, monkeypatch):
+    scan = _index.scan
+
+    def cut(path, descriptor, *arguments):
+        if path.endswith(".bin"):
+            os.truncate(path, 1 << 20)
+        return scan(path, descriptor, *arguments)
+
+    monkeypatch.setattr(_index, "scan", cut)
+    with pytest.raises(DataError, match=r"d\.bin: became shorter than its 4000000 bytes while it was read"):
+        verify(large)
 
 
 def test_verify_of_a_foreign_dataset_finds_negative_ids(tmp_path):
