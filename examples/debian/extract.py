@@ -34,6 +34,8 @@ _NOT_PROSE = frozenset({"pre", "div.navheader", "div.navfooter", "ul.docnav", "d
 _NUMBER = re.compile(r"^(?:\S+\s)?\S*\d+(?:\.\d+)*\.(?:[\d.]*)\s+")
 _LISTS = frozenset({"ul", "ol", "dl", "table", "div"})
 _MALLARD_LEAVE = frozenset({"info", "media", "screen", "list", "steps", "table", "note"})
+_RULE = re.compile(r"\s*[\u2500-\u257f][\u2500-\u257f\s]*")  # a line of a table's frame
+_GAP = re.compile(r"[ \u00a0]*[\u2500-\u257f][ \u00a0\u2500-\u257f]*|[ \u00a0]{2,}")  # between columns
 MESSAGES = 40  # in a page, of formats that are a list of messages
 
 
@@ -301,6 +303,7 @@ def _formatted(path: Path) -> str:
         done = subprocess.run(command, input=source, capture_output=True, check=False)
     except FileNotFoundError as error:
         raise DataError("groff is not here; apt-get install groff-base, or leave out manpages") from error
-    lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines()]
-    text = re.sub(r"[ \u00a0]{2,}", " ", re.sub(r"\n{3,}", "\n\n", "\n".join(lines[1:-1])).strip())
+    lines = done.stdout.decode(errors="replace").splitlines()[1:-1]
+    lines = [_GAP.sub(" ", line).strip() for line in lines if not _RULE.fullmatch(line)]
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
     return "" if "\ufffd" in text else text

@@ -190,7 +190,10 @@ def test_descriptions_are_aligned_by_their_hash(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("groff") is None, reason="needs groff")
 def test_manual_pages(tmp_path: Path) -> None:
-    page = ".TH TEST 1 2024 Debian Manual\n.SH BEZEICHNUNG\ntest \\- prüft\n.PP\nEin Satz, der\nweiter geht.\n"
+    page = (
+        "'\\\" t\n.TH TEST 1 2024 Debian Manual\n.SH BEZEICHNUNG\ntest \\- prüft\n.PP\nEin Satz, der\nweiter geht.\n"
+        ".TS\nallbox expand;\nl l.\nWert\tSinn\n0\tgut\n.TE\n"
+    )
     (tmp_path / "man1").mkdir()
     (tmp_path / "man1/test.1.gz").write_bytes(gzip.compress(page.encode()))
     (tmp_path / "man1/other.1.gz").write_bytes(gzip.compress(b".so man1/test.1\n"))
@@ -198,7 +201,7 @@ def test_manual_pages(tmp_path: Path) -> None:
     assert (found.key, found.aligned) == ("dev/test.1", False)
     lines = [line for line in found.units["de"][""].splitlines() if line]
     assert [line.replace("‐", "-").replace("−", "-") for line in lines] == [
-        "BEZEICHNUNG", "test - prüft", "Ein Satz, der weiter geht."
+        "BEZEICHNUNG", "test - prüft", "Ein Satz, der weiter geht.", "Wert Sinn", "0 gut"
     ]  # fmt: skip
     (tmp_path / "man1/cut.1.gz").write_bytes(gzip.compress(page.encode())[:-9])
     with pytest.raises(DataError, match=r"cut\.1\.gz: cannot be read"):
