@@ -111,7 +111,8 @@ def _check_data(config: Schema) -> None:
             raise ConfigError(f"{where}: {error}") from None
         if stage.gradual and not i:
             raise ConfigError(f"{where}: gradual moves from the weights of the stage before, and there is none")
-        if stage.weights is not None and "alpha" in stage.model_fields_set:
+        # Compared with its default: a config that was written out names every key.
+        if stage.weights is not None and stage.alpha != type(stage).model_fields["alpha"].default:
             raise ConfigError(f"{where}: alpha has nothing to split, since weights are of sources; remove it")
         if stage.tokens % config.step_tokens:
             below = stage.tokens // config.step_tokens * config.step_tokens

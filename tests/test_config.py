@@ -108,6 +108,7 @@ def test_documents_are_json_and_read_back(file):
     config = load(file)
     document = json.loads(json.dumps(config.document()))
     assert Config.model_validate(document) == config
+    assert parse(document) == config
     with pytest.raises(pydantic.ValidationError):
         config.model.layers = 5
 
@@ -251,6 +252,10 @@ CROSS = {
     "unknown source, far": (
         {"data__stages__0__weights": {"zhh": 1.0}},
         "data.stages.0 (first): weight of an unknown source 'zhh'; did you mean 'zh'?",
+    ),
+    "alpha of weights": (
+        {"data__stages__1__alpha": 0.5},
+        "data.stages.1 (second): alpha has nothing to split, since weights are of sources; remove it",
     ),
     "sum of weights": (
         {"data__stages__1__weights": {"en": 0.5, "zh": 0.75}},

@@ -112,8 +112,7 @@ def quotas_of(
     unknown = sorted(set(weights) - {source.name for source in sources})
     if unknown:
         raise DataError(f"stage {name!r}: weights of unknown sources {unknown}; known: {[s.name for s in sources]}")
-    total = math.fsum(weights.values())
-    if not all(0 <= weight <= 1 for weight in weights.values()) or abs(total - 1) > 1e-6:
+    if not all(0 <= weight <= 1 for weight in weights.values()) or abs(math.fsum(weights.values()) - 1) > 1e-6:
         raise DataError(f"stage {name!r}: weights have to be in [0, 1] and sum to 1; found {dict(weights)}")
     if not 1 <= samples <= LIMIT:
         raise DataError(f"stage {name!r}: {samples} samples; expected 1 to 2^62")

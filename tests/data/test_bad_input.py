@@ -173,6 +173,7 @@ def test_arrays_of_other_types_are_not_made_to_fit(tmp_path, ids):
     [
         {"x": math.nan, "y": 0.5},
         {"x": math.inf, "y": 0.5},
+        {"x": -math.inf, "y": math.inf},
         {"x": -0.5, "y": 1.5},
         {"x": 0.0, "y": 0.0},
         {"x": -0.0},
