@@ -10,10 +10,8 @@ twice the last counts. Text is UTF-8, to the byte; a byte-order mark at a file's
 
 from __future__ import annotations
 
-import glob
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Literal
 import orjson
 
 from megapoly.data import compression, parquet
+from megapoly.data.inputs import JSON, KNOWN, PARQUET, TEXT, expand, format_of
 from megapoly.data.records import BadRecord, BadRecords, Policy, Record, texts
 from megapoly.errors import DataError
 
@@ -51,8 +50,6 @@ Document = Literal["file", "line", "paragraph"]
 RECORD_BYTES = 128 << 20  # of the longest record that is read; some ten times as much is needed to read it
 _CHUNK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
-_JSON, _TEXT, _PARQUET = (".jsonl", ".json", ".ndjson"), (".txt",), (".parquet",)
-_KNOWN = "*.jsonl, *.json, *.ndjson (an object a line) and *.txt, each also with .gz or .zst, and *.parquet"
 
 
 @dataclass(frozen=True)
@@ -89,40 +86,6 @@ class Chunk:
     too_long: bool = False
 
 
-def expand(inputs: Sequence[Path | str]) -> list[Path]:
-    """The files that are named, are matched by a pattern such as ``text/**/th-*.jsonl.gz``, or lie below a directory.
-
-    Inputs keep their order; what one of them stands for is sorted by path. Names that begin with a dot are left out
-    of directories.
-
-    Raises:
-        DataError: an input stands for nothing, a file is of no known format, or comes twice.
-    """
-    files: list[Path] = []
-    for given in inputs:
-        path = Path(given)
-        if path.exists() or not glob.has_magic(str(given)):
-            found = [path]
-        else:
-            found = [Path(name) for name in glob.glob(str(given), recursive=True)]
-        found = [file for match in found for file in (_below(match) if match.is_dir() else [match])]
-        if not found:
-            raise DataError(f"{given}: no file; expected {_KNOWN}")
-        for file in sorted(set(found), key=lambda file: file.parts):
-            if _format(file) is None:
-                hint = (
-                    "" if file == path else f"; to leave it out, name the others by a pattern such as '{given}/*.jsonl'"
-                )
-                raise DataError(f"{file}: is of no known format; expected {_KNOWN}{hint}")
-            files.append(file)
-    seen: set[Path] = set()
-    for file in files:
-        if file in seen:
-            raise DataError(f"{file}: is named twice, and its text would be read twice; name it once")
-        seen.add(file)
-    return files
-
-
 def open_reader(path: Path | str, given: Input = Input()) -> Reader:
     """The reader of a file, by its suffix.
 
@@ -147,9 +110,9 @@ class Reader:
         try:
             self.size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); give {_KNOWN}") from error
-        if _format(path) is None:
-            raise DataError(f"{path}: is of no known format; expected {_KNOWN}")
+            raise DataError(f"{path}: cannot be read ({error.strerror}); give {KNOWN}") from error
+        if format_of(path) is None:
+            raise DataError(f"{path}: is of no known format; expected {KNOWN}")
         if not self.size and compression.compression(path):
             raise DataError(
                 f"{path}: has no bytes, which is no compressed file, not even of nothing; get the file anew"
@@ -166,13 +129,13 @@ class Reader:
             DataError: the file is damaged.
         """
         suffix = compression.compression(self.path)
-        kind = _format(self.path)
-        if kind is _PARQUET:
+        kind = format_of(self.path)
+        if kind is PARQUET:
             cut = list(parquet.row_groups(self.path, size, self._input.fields))
             for start, stop, row in cut:
                 yield Chunk(self.path, self._input, row, start, stop)
                 self.position = self.size * stop // cut[-1][1]
-        elif kind is _TEXT and self._input.document == "file":
+        elif kind is TEXT and self._input.document == "file":
             yield Chunk(self.path, self._input, stop=self.size)
         else:
             with _reading(self.path) as raw:
@@ -231,15 +194,15 @@ def parse(chunk: Chunk) -> Iterator[Record | BadRecord]:
     Raises:
         DataError: the file is damaged, or is not what it was when it was cut.
     """
-    kind = _format(chunk.path)
+    kind = format_of(chunk.path)
     if chunk.too_long:
         yield _too_long(chunk, chunk.first)
-    elif kind is _PARQUET:
+    elif kind is PARQUET:
         yield from parquet.rows(chunk.path, chunk.start, chunk.stop, chunk.first, chunk.input.fields)
-    elif kind is _TEXT and chunk.input.document == "file":
+    elif kind is TEXT and chunk.input.document == "file":
         yield _text_file(chunk)
     else:
-        make = _from_json if kind is _JSON else _from_text
+        make = _from_json if kind is JSON else _from_text
         for number, piece in _chunk_pieces(chunk):
             if piece is None:
                 yield _too_long(chunk, number)
@@ -256,27 +219,8 @@ def read_texts(inputs: Sequence[Path | str], field: str, bad: BadRecords, docume
         yield from texts(open_reader(path, Input(document, (field,))), field, bad)
 
 
-def _format(path: Path) -> tuple[str, ...] | None:
-    name = path.with_suffix("") if compression.compression(path) else path
-    kinds = (_JSON, _TEXT) if name != path else (_JSON, _TEXT, _PARQUET)
-    return next((kind for kind in kinds if name.suffix in kind), None)
-
-
 def _by_paragraph(path: Path, given: Input) -> bool:
-    return _format(path) is _TEXT and given.document == "paragraph"
-
-
-def _below(folder: Path) -> list[Path]:
-    """The files below a directory; directories that are linked into it are read, once."""
-    files: list[Path] = []
-    visited: set[str] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [] if real in visited else sorted(name for name in folders if not name.startswith("."))
-        if real not in visited:
-            files += [Path(root, name) for name in names if not name.startswith(".")]
-        visited.add(real)
-    return files
+    return format_of(path) is TEXT and given.document == "paragraph"
 
 
 @contextmanager
