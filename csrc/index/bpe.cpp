@@ -101,7 +101,9 @@ private:
         starts_.clear();
         for (std::size_t at = 0; at < chunk.size();) {
             const Character here = decode(chunk.data() + at);
-            nodes_.push_back(tables_.node(here.code));
+            const std::int32_t node = tables_.node(here.code);
+            if (!nodes_.empty()) tables_.expect(nodes_.back(), node);
+            nodes_.push_back(node);
             starts_.push_back(at);
             at += here.length;
         }
@@ -123,6 +125,8 @@ private:
                 if (pairs[i].rank < pairs[best].rank) best = i;
             if (pairs[best].rank == BpeTables::kNoMerge) break;
             nodes_[best] = pairs[best].node;
+            if (best > 0) tables_.expect(nodes_[best - 1], nodes_[best]);
+            if (best + 2 < count) tables_.expect(nodes_[best], nodes_[best + 2]);
             for (std::size_t i = best + 1; i + 1 < count; ++i) {
                 nodes_[i] = nodes_[i + 1];
                 starts_[i] = starts_[i + 1];
@@ -169,7 +173,11 @@ private:
             next_[i] = next_[gone];
             pairs_[gone].rank = BpeTables::kNoMerge;
             next_[gone] = gone;  // no longer part of the text
-            if (next_[i] < count) previous_[next_[i]] = i;
+            if (next_[i] < count) {
+                previous_[next_[i]] = i;
+                tables_.expect(nodes_[i], nodes_[next_[i]]);
+            }
+            if (previous_[i] < count) tables_.expect(nodes_[previous_[i]], nodes_[i]);
             push(i);
             if (previous_[i] < count) push(previous_[i]);
         }

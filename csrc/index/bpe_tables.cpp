@@ -86,12 +86,16 @@ void BpeTables::add_merges(const std::vector<Piece>& pieces) {
             if (left != kNoNode && right != kNoNode) found.push_back({pair_of(left, right), id, rank});
         }
     }
-    std::size_t size = 16;
-    while (size < 2 * found.size()) size *= 2;
-    merges_.resize(size);
-    mask_ = size - 1;
+    unsigned bits = 4;
+    while (std::size_t{1} << bits < 2 * found.size()) ++bits;
+    merges_.resize(std::size_t{1} << bits);
+    mask_ = merges_.size() - 1;
+    filter_.resize(std::max<std::size_t>(1, merges_.size() / 16));
+    filter_shift_ = 64 - (bits + 2);
     for (const Merge& merge : found) {
-        std::size_t at = mix(merge.pair) & mask_;
+        const std::uint64_t hash = mix(merge.pair), bit = hash >> filter_shift_;
+        filter_[bit >> 6] |= std::uint64_t{1} << (bit & 63U);
+        std::size_t at = hash & mask_;
         while (merges_[at].node != kNoNode) at = (at + 1) & mask_;
         merges_[at] = merge;
     }

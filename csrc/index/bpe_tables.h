@@ -55,12 +55,20 @@ public:
     // What two neighbours merge into; rank kNoMerge where they do not.
     Merge merge(std::int32_t left, std::int32_t right) const noexcept {
         if (left < 0 || right < 0) return {};
-        const std::uint64_t pair = pair_of(left, right);
-        for (std::size_t at = mix(pair) & mask_;; at = (at + 1) & mask_) {
+        const std::uint64_t pair = pair_of(left, right), hash = mix(pair);
+        if (!may_merge(hash)) return {};
+        for (std::size_t at = hash & mask_;; at = (at + 1) & mask_) {
             const Merge& found = merges_[at];
             if (found.pair == pair) return found;
             if (found.node == kNoNode) return {};
         }
+    }
+
+    // Has what merge() will look up fetched from memory, which takes longer than all else where there are many pieces.
+    void expect(std::int32_t left, std::int32_t right) const noexcept {
+        if (left < 0 || right < 0) return;
+        const std::uint64_t hash = mix(pair_of(left, right));
+        if (may_merge(hash)) __builtin_prefetch(&merges_[hash & mask_]);
     }
 
     // False where no piece holds the two characters side by side. May be true for a few of those, too.
@@ -92,6 +100,12 @@ private:
         value *= 0x9E3779B97F4A7C15ULL;
         return value ^ value >> 32;
     }
+    // False of most pairs that do not merge: a bit for each of four times as many as the table has places, which stay in
+    // the processor's cache where the table does not.
+    bool may_merge(std::uint64_t hash) const noexcept {
+        const std::uint64_t bit = hash >> filter_shift_;
+        return (filter_[bit >> 6] >> (bit & 63U) & 1U) != 0;
+    }
     static std::size_t touch_bit(std::uint32_t first, std::uint32_t second) noexcept {
         if ((first | second) < 128) return first << 7 | second;  // exact for ASCII
         return mix(static_cast<std::uint64_t>(first) << 32 | second) & (kTouchBits - 1);
@@ -108,6 +122,8 @@ private:
     std::vector<std::uint64_t> touching_;
     std::vector<Merge> merges_;
     std::size_t mask_ = 0;
+    std::vector<std::uint64_t> filter_;
+    unsigned filter_shift_ = 0;
 };
 
 }  // namespace megapoly

@@ -33,6 +33,7 @@ def data_verify(
 
     [bold]Example:[/bold] megapoly data verify data/en data/th
     """
+    from megapoly.data.indexed import part
     from megapoly.data.verify import verify
 
     damaged = 0
@@ -43,7 +44,8 @@ def data_verify(
                 bar.update(task, completed=done, total=total)
 
             found = verify(prefix, vocabulary=vocabulary, progress=show)
-        print(f"{prefix}: {f'{len(found)} damaged places' if found else 'whole'}")
+        unsure = "" if part(prefix, ".json").exists() else "; without a .json no checksum tells of changed bytes"
+        print(f"{prefix}: {f'{len(found)} damaged places' if found else 'whole'}{unsure}")
         for damage in found:
             print(f"  {damage}")
         damaged += bool(found)

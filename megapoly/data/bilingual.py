@@ -59,16 +59,33 @@ LANGUAGES: dict[str, str] = {code: name for code, name in (entry.split(maxsplit=
 def pair_fields(record: Record) -> tuple[str, str]:
     """The two fields of a record that are named by language codes, English first, else by the alphabet.
 
+    ``id`` is Indonesian only where it makes the second; beside two others it identifies the record.
+
     Raises:
         DataError: there are not exactly two.
     """
-    found = sorted((name for name in record.values if name in LANGUAGES), key=lambda name: (name != "en", name))
+    found = [name for name in record.values if name in LANGUAGES]
+    if len(found) == 3 and "id" in found:
+        found.remove("id")
     if len(found) != 2:
         raise record.error(
             f"has {len(found)} fields named by language codes among {sorted(record.values)}, where a pair has two;"
-            " name the two fields"
+            " name the two with --fields, such as en,th"
         )
-    return found[0], found[1]
+    return _english_first(*found)
+
+
+def fields_of(language: str) -> tuple[str, ...]:
+    """The fields of the records of a source whose language is a pair, such as ``en-th``; none of another language."""
+    codes = language.split("-")
+    if len(codes) != 2 or codes[0] == codes[1] or not all(code in LANGUAGES for code in codes):
+        return ()
+    return _english_first(*codes)
+
+
+def _english_first(*codes: str) -> tuple[str, str]:
+    first, second = sorted(codes, key=lambda code: (code != "en", code))
+    return first, second
 
 
 def render(languages: tuple[str, str], texts: tuple[str, str], seed: int, templates: Sequence[str] = TEMPLATES) -> str:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from megapoly.data.bilingual import fields_of
 from megapoly.data.documents import Options, Shard, held_out
 from megapoly.data.encode import Encoder
 from megapoly.data.indexed import part
@@ -86,6 +87,8 @@ def build(
     """
     prefix = Path(prefix)
     _check_outside(prefix, inputs)
+    if options.pairs and not options.fields:
+        options = replace(options, fields=fields_of(language))
     files = expand(inputs)
     job = Job.of(files, tokenizer, language, options, prefix)
     spans = divide(files, options.input, options.shard)

@@ -49,7 +49,8 @@ class Options:
 
     Attributes:
         fields: the field of the text, or the two fields of a pair, named by their language codes. Where none is given:
-            ``text``, or the two fields of the record that are named by language codes.
+            ``text``, or the two codes of the language where it is a pair, such as en-th, or else the two fields of
+            the record that are named by language codes.
         pairs: records are pairs, written as :mod:`megapoly.data.bilingual` says.
         templates: the forms that pairs are written in.
         key_field: the field that decides, where a record has it, what is held out; else the text does, of a pair the

@@ -49,9 +49,10 @@ def expand(inputs: Sequence[Path | str]) -> list[Path]:
             files.append(file)
     seen: set[Path] = set()
     for file in files:
-        if file in seen:
+        absolute = Path(os.path.abspath(file))
+        if absolute in seen:
             raise DataError(f"{file}: is named twice, and its text would be read twice; name it once")
-        seen.add(file)
+        seen.add(absolute)
     return files
 
 

@@ -183,7 +183,8 @@ class Reader:
                 if piece is None:
                     yield Chunk(self.path, self._input, number, too_long=True)
         except compression.ERRORS as error:
-            raise DataError(f"{self.path}, after line {number}: cannot be read ({error}); get the file anew") from error
+            where = f", after line {number}" if number else ""
+            raise DataError(f"{self.path}{where}: cannot be read ({error}); get the file anew") from error
         if pieces:
             yield Chunk(self.path, self._input, first, data=b"".join(pieces))
 
@@ -312,7 +313,9 @@ def _from_json(chunk: Chunk, number: int, line: bytes) -> Record | BadRecord:
         except (ValueError, RecursionError) as error:
             if not line.strip():
                 return _bad(chunk, number, "blank", "is blank; expected one object a line")
-            found = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+            found: object = error
+            if isinstance(error, json.JSONDecodeError):
+                found = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
             return _bad(chunk, number, "not JSON", f"is not JSON ({found}); expected one object a line")
     if type(values) is not dict:
         what = f"is a JSON {type(values).__name__}; expected one object a line"

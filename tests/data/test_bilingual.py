@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapoly.data.bilingual import LANGUAGES, TEMPLATES, load_templates, pair_fields, render
+from megapoly.data.bilingual import LANGUAGES, TEMPLATES, fields_of, load_templates, pair_fields, render
 from megapoly.data.records import Record
 from megapoly.errors import ConfigError, DataError
 
@@ -63,9 +63,20 @@ def test_the_languages_of_polylm_have_names():
 def test_fields_are_found_by_language_code():
     assert pair_fields(record(source="os", he="א", en="a")) == ("en", "he")
     assert pair_fields(record(th="x", de="y", text="z")) == ("de", "th")
+    assert pair_fields(record(id="17", th="x", en="y")) == ("en", "th")
+    assert pair_fields(record(id="x", en="y")) == ("en", "id")
 
 
-@pytest.mark.parametrize("values", [{"en": "a"}, {"text": "a"}, {"en": "a", "de": "b", "id": "17"}])
+@pytest.mark.parametrize(
+    ("language", "fields"),
+    [("en-th", ("en", "th")), ("th-en", ("en", "th")), ("th-de", ("de", "th")), ("en-id", ("en", "id")),
+     ("en-xx", ()), ("pairs", ()), ("th", ()), ("en-en", ()), ("zh-Hant", ())],
+)  # fmt: skip
+def test_fields_of_a_language_that_is_a_pair(language, fields):
+    assert fields_of(language) == fields
+
+
+@pytest.mark.parametrize("values", [{"en": "a"}, {"text": "a"}, {"en": "a", "de": "b", "th": "c", "id": "17"}])
 def test_records_without_exactly_two_languages_are_refused(values):
     with pytest.raises(DataError, match=r"p\.jsonl, line 7: has \d fields named by language codes"):
         pair_fields(record(**values))

@@ -168,6 +168,10 @@ def test_a_bad_pair_is_named(tmp_path, tokenizer):
         build([path], tmp_path / "d", tokenizer, language="en-de", options=Options(pairs=True))
     with pytest.raises(DataError, match=r"p\.jsonl, line 1: has no field 'fr'"):
         build([path], tmp_path / "d", tokenizer, language="en-fr", options=Options(("en", "fr"), pairs=True))
+    # The language says which fields: an identifier is no Indonesian.
+    path = write_lines(tmp_path / "i.jsonl", [{"en": "a", "id": "row-1"}])
+    with pytest.raises(DataError, match=r"i\.jsonl, line 1: has no field 'th'"):
+        build([path], tmp_path / "d", tokenizer, language="en-th", options=Options(pairs=True))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_a_bad_pair_is_named(tmp_path, tokenizer):
 def test_a_damaged_gzip_file_is_named(tmp_path, corpus, tokenizer, damage):
     path = tmp_path / "bad.jsonl.gz"
     path.write_bytes(damage(corpus[0].read_bytes()))
-    with pytest.raises(DataError, match=r"bad\.jsonl\.gz, (after )?line \d+: (cannot be read|is not JSON)"):
+    with pytest.raises(DataError, match=r"bad\.jsonl\.gz(, (after )?line \d+)?: (cannot be read|is not JSON)"):
         build([path], tmp_path / "d", tokenizer, language="xx")
 
 

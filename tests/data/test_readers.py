@@ -134,6 +134,7 @@ BAD = [
     (b'{"text": "\xff"}', "not UTF-8", "is not UTF-8, at byte 10 of it; convert the file to UTF-8"),
     (b'{"text": "\xed\xa0\x80"}', "not UTF-8", "is not UTF-8, at byte 10 of it"),
     (b'{"text": "a"', "not JSON", "is not JSON (Expecting ',' delimiter at character 13); expected one object a line"),
+    (b'{"text": "a', "not JSON", "is not JSON (Unterminated string starting at character 10)"),
     (b'{"text": "a"} x', "not JSON", "is not JSON (Extra data"),
     (b'{"n": ' + b"9" * 5000 + b"}", "not JSON", "is not JSON (Exceeds the limit"),
     (b"[" * 100_000, "not JSON", "is not JSON (maximum recursion depth"),
@@ -170,7 +171,7 @@ def test_bad_lines_stop_or_are_counted(tmp_path, suffix):
             assert set(readers.texts(parse(chunk), "text", part)) <= {"good"}
             bad.merge(part)
         assert bad.counts == {kind: sum(kind == other for _, other, _ in BAD) for _, kind, _ in BAD}
-        assert bad.report()[:3] == ["skipped 4 bad records: not JSON", f"  {path}, line 6: {BAD[2][2]}", "  ..."]
+        assert bad.report()[:3] == ["skipped 5 bad records: not JSON", f"  {path}, line 6: {BAD[2][2]}", "  ..."]
     assert BadRecords().report() == []
 
 
@@ -327,7 +328,7 @@ def test_directories_and_patterns_are_sorted_and_inputs_keep_their_order(tmp_pat
     assert named("b") == ["b/10.txt", "b/2.jsonl", "b/c/x.parquet", "b/up/a.jsonl.gz", "b/up/odd[1].txt"]
 
 
-def test_inputs_that_stand_for_nothing_or_are_unknown(tmp_path):
+def test_inputs_that_stand_for_nothing_or_are_unknown(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "README.md").touch()
     known = r"expected \*\.jsonl, .*\*\.parquet"
@@ -344,6 +345,9 @@ def test_inputs_that_stand_for_nothing_or_are_unknown(tmp_path):
     with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read \(No such file"):
         open_reader(tmp_path / "absent.jsonl")
     (tmp_path / "x.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"x\.jsonl: is named twice"):
+        expand(["x.jsonl", tmp_path / "x.jsonl"])
     with pytest.raises(DataError, match=r"x\.jsonl: is named twice"):
         expand([tmp_path / "x.jsonl", tmp_path / "*.jsonl"])
     (tmp_path / "x.parquet.gz").touch()
