@@ -17,6 +17,7 @@ from megapoly.data.files import write_whole
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.loader import open_datasets
 from megapoly.data.plan import Plan, check_datasets, edited_plan, plan_from_config
+from megapoly.data.samples import check_pack
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import Engine
 from megapoly.errors import CheckpointError, ConfigError, MegapolyError, everywhere
@@ -151,13 +152,7 @@ def _check_same(config: Config, context: ParallelContext) -> None:
 
 def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run:
     """Open data, build the engine, and take the run's state from a checkpoint or from the seed."""
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    if tokenizer.vocabulary > config.model.vocabulary:
-        raise ConfigError(
-            f"model.vocabulary {config.model.vocabulary} is less than the {tokenizer.vocabulary} pieces of"
-            f" {config.data.tokenizer}; set it to {tokenizer.vocabulary} or more"
-        )
-    datasets = open_datasets(config.data, tokenizer)
+    tokenizer, datasets = open_data(config)
     reader = None if path is None else store.Reader(path)
     if reader is not None:
         state.check_identity(reader, config)
@@ -171,6 +166,25 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run
         run.restore(reader)
         run.branch = Branch.restored(reader.meta.get("guards", {}).get("branch", []))
     return run
+
+
+def open_data(config: Config) -> tuple[Tokenizer, dict[str, IndexedDataset]]:
+    """The tokenizer and the datasets of a run, by source name, where they fit its model and its sequences.
+
+    Raises:
+        ConfigError: a vocabulary that is smaller than the tokenizer's.
+        DataError: what :func:`open_datasets` and :func:`check_pack` refuse.
+    """
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocabulary > config.model.vocabulary:
+        raise ConfigError(
+            f"model.vocabulary {config.model.vocabulary} is less than the {tokenizer.vocabulary} pieces of"
+            f" {config.data.tokenizer}; set it to {tokenizer.vocabulary} or more"
+        )
+    datasets = open_datasets(config.data, tokenizer)
+    for name, dataset in datasets.items():
+        check_pack(name, dataset, config.train.sequence, config.data.separate_documents)
+    return tokenizer, datasets
 
 
 def _plan(

@@ -31,15 +31,13 @@ def data_plan(
     from megapoly import config as configuration
     from megapoly.charts.curriculum import draw_curriculum
     from megapoly.charts.figure import check_picture, save_figure
-    from megapoly.data.loader import open_datasets
-    from megapoly.data.tokenizer import Tokenizer
     from megapoly.plan import curriculum
-    from megapoly.run import plan_of_run
+    from megapoly.run import open_data, plan_of_run
 
     if picture:
         check_picture(picture)
     loaded = configuration.load(config, overrides or [])
-    datasets = open_datasets(loaded.data, Tokenizer.load(loaded.data.tokenizer))
+    _, datasets = open_data(loaded)
     plan, notes = plan_of_run(loaded, datasets, resume=resume)
     found = curriculum.outlook(plan)
     caps = {

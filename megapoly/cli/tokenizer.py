@@ -26,7 +26,7 @@ def tokenizer_train(
     alpha: Annotated[
         float, typer.Option(help="Languages are seen by their size to this power: 0 alike, 1 as is.")
     ] = 0.3,
-    budget_mb: Annotated[float, typer.Option(help="Text to train on, in MB.")] = 200.0,
+    budget_mb: Annotated[float, typer.Option(min=0.001, help="Text to train on, in MB.")] = 200.0,
     text_field: TextField = "text",
     document: DocumentUnit = "file",
     on_bad: BadPolicy = "stop",

@@ -125,9 +125,9 @@ def cells(found: Outlook, by: str, caps: Mapping[str, float | None]) -> tuple[li
         for tokens, epochs, total in zip(
             (*use.trained, use.total), (*use.epochs, sum(use.epochs)), totals, strict=True
         ):
-            row += [short(tokens), f"{tokens / total:.2%}" if share else f"{epochs:.2f}"]
+            row += [short(tokens), f"{tokens / total:.2%}" if share else _epochs(epochs)]
         if share:
-            row.append(f"{sum(use.epochs):.2f}")
+            row.append(_epochs(sum(use.epochs)))
         elif any(caps.values()):
             cap = caps.get(use.name)
             row.append("" if cap is None else f"{cap:g}")
@@ -161,6 +161,10 @@ def rows(found: Outlook) -> list[dict[str, Any]]:
         for i, stage in enumerate(found.stages)
         for use in found.sources
     ]
+
+
+def _epochs(epochs: float) -> str:
+    return f"{epochs:.2f}" if epochs >= 0.1 or not epochs else f"{epochs:.2g}"
 
 
 def short(tokens: int) -> str:

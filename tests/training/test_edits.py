@@ -103,5 +103,7 @@ def test_the_plan_of_an_edit_before_it_is_trained(toml: Path, tmp_path: Path) ->
     rows = json.loads((tmp_path / "p.json").read_text())["rows"]
     en = saved_plan(run).counts_at(40).tolist()[0]
     assert {row["source"]: row["tokens"] // 16 for row in rows} == {"en": en, "ru": 160 - en}
+    small = CliRunner().invoke(app, ["data", "plan", str(toml), "--set", "model.vocabulary=300"])
+    assert "model.vocabulary 300 is less than" in str(small.exception)
     without = CliRunner().invoke(app, ["data", "plan", str(toml), *place])
     assert "edited" not in without.output

@@ -12,6 +12,7 @@ from rich.console import Console
 from megapoly import config
 from megapoly.context import ParallelContext
 from megapoly.data import builder
+from megapoly.data.merge import Assembly, merge
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.errors import CheckpointError, ConfigError, DataError, MegapolyError
@@ -105,6 +106,13 @@ def test_resume_with_another_config_lists_the_keys(toml: Path, tmp_path: Path) -
         go(toml, tmp_path / "run", "optimizer.learning_rate=0.02", "train.seed=5", resume="always")
     assert "optimizer.learning_rate: the run has 0.01, the config has 0.02" in str(raised.value)
     assert "train.seed: the run has 1234, the config has 5" in str(raised.value)
+
+
+def test_packs_that_do_not_fit_are_refused_before_the_run_begins(toml: Path, tmp_path: Path) -> None:
+    merge([toml.with_name("en")], tmp_path / "packs", Assembly(pack=8))
+    with pytest.raises(DataError, match=r"is made of packs of 8 tokens, but train\.sequence is 16"):
+        go(toml, tmp_path / "run", f"data.sources.en.path='{tmp_path}/packs'")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_of_nothing_never_starts_anew(toml: Path, tmp_path: Path) -> None:
