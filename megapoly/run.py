@@ -187,6 +187,20 @@ def open_data(config: Config) -> tuple[Tokenizer, dict[str, IndexedDataset]]:
     return tokenizer, datasets
 
 
+def unchecked(datasets: Mapping[str, IndexedDataset]) -> list[str]:
+    """Lines for people about datasets that are trusted more than checked, and that are not validated."""
+    bare = [f"{name!r} ({dataset.prefix})" for name, dataset in datasets.items() if dataset.sidecar is None]
+    none = [repr(name) for name, dataset in datasets.items() if dataset.tokens == dataset.train_tokens]
+    lines = []
+    if bare:
+        lines.append(
+            f"without a .json, so that tokenizer, language, bytes and held-out part are unknown: {', '.join(bare)}"
+        )
+    if none:
+        lines.append(f"not validated, since nothing of them is held out: {', '.join(none)}")
+    return lines
+
+
 def _plan(
     config: Config, datasets: Mapping[str, IndexedDataset], reader: store.Reader | None
 ) -> tuple[Plan, list[str]]:

@@ -21,7 +21,7 @@ from megapoly.optim.lr import learning_rate
 from megapoly.pipeline import schedule
 from megapoly.pipeline.timeline import simulate
 from megapoly.profiling import Profiler
-from megapoly.run import Run, agree
+from megapoly.run import Run, agree, unchecked
 from megapoly.stability import Rollback, Spike
 from megapoly.validation import validate
 
@@ -62,6 +62,8 @@ def _announce(run: Run, recorder: Recorder) -> None:
         if counters.tokens < ramp_tokens:
             several = ", ".join(map(str, sizes[:-1])) if len(sizes) < 8 else f"{sizes[0]}, {sizes[1]}, ... {sizes[-2]}"
             recorder.note(f"global batches of {several} samples up to {ramp_tokens:,} tokens, then {sizes[-1]}")
+        for line in unchecked(run.datasets):
+            recorder.note(line)
     if run.resumed_from is not None:
         branch = f" of branch {run.branch.number}" if run.branch.number else ""
         recorder.note(f"goes on from {run.resumed_from.name}{branch} at step {counters.step}, sample {counters.sample}")

@@ -80,7 +80,8 @@ def describe_assembly(made: Sidecar) -> str:
         packs, padding = made.tokens // made.pack, made.padding
         lines.append(
             f"  {packs:,} packs of {made.pack:,} tokens, {padding.tokens / made.tokens:.3%} of them padding in"
-            f" {padding.documents:,} packs; {padding.cut:,} documents longer than a pack were cut"
+            f" {padding.documents:,} packs, each a document; {padding.cut:,} documents longer than a pack were cut, and"
+            " each piece is one"
         )
     return "\n".join(lines)
 

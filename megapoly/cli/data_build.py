@@ -93,6 +93,8 @@ def data_build(
         overwrite=overwrite,
     )
     loaded = Tokenizer.load(tokenizer)
+    if loaded.encoder != "megapoly":
+        print(f"{tokenizer}: encoded by {loaded.encoder}, several times slower than by our own encoder")
     begun = time.monotonic()
     last = builder.Progress()
     with make_bar(output.name, "speed") as (bar, task):
@@ -125,9 +127,11 @@ def _speed(state: Progress, spent: float) -> str:
 
 
 def _report(output: Path, made: Sidecar, state: Progress, spent: float) -> None:
+    about = "about " if made.duplicates.documents else ""
     print(
-        f"{output}: {made.documents:,} documents ({made.validation.documents:,} held out), {made.bytes / 1e6:.2f} MB,"
-        f" {made.tokens:,} tokens, {made.bytes / made.tokens:.3f} bytes/token, {spent:.1f} s, {_speed(state, spent)}"
+        f"{output}: {made.documents:,} documents ({made.validation.documents:,} held out),"
+        f" {about}{made.bytes / 1e6:.2f} MB, {made.tokens:,} tokens, {made.bytes / made.tokens:.3f} bytes/token,"
+        f" {spent:.1f} s, {_speed(state, spent)}"
     )
     if state.kept_bytes:
         print(f"  {state.kept_documents:,} documents of an interrupted build were not encoded again")

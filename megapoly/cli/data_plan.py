@@ -32,7 +32,7 @@ def data_plan(
     from megapoly.charts.curriculum import draw_curriculum
     from megapoly.charts.figure import check_picture, save_figure
     from megapoly.plan import curriculum
-    from megapoly.run import open_data, plan_of_run
+    from megapoly.run import open_data, plan_of_run, unchecked
 
     if picture:
         check_picture(picture)
@@ -45,7 +45,7 @@ def data_plan(
         for name, source in loaded.data.sources.items()
     }
     console = Console(highlight=False, soft_wrap=True)
-    for note in notes:
+    for note in [*notes, *unchecked(datasets)]:
         console.print(note)
     for by in ("source", "language"):
         heads, rows = curriculum.cells(found, by, caps)

@@ -11,7 +11,8 @@ from megapoly.data.plan import Plan
 from megapoly.data.segments import counts_in
 from megapoly.mixture import non_english_part
 
-_STEP = 1024  # samples of a step of the picture
+_STEP = 1024  # samples of a step of the picture, at most
+_STEPS = 100  # of a picture, about, where the steps would be fewer
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ def shares_over_time(plan: Plan) -> tuple[list[int], dict[str, list[float]]]:
     """
     begins: list[int] = []
     length = 0
+    step = min(_STEP, -(-plan.total_samples // _STEPS))
     rows: dict[str, list[float]] = {source.language: [] for source in plan.sources}
     for i, segment in enumerate(plan.segments):
-        if not i or length >= _STEP or segment.stage != plan.segments[i - 1].stage:
+        if not i or length >= step or segment.stage != plan.segments[i - 1].stage:
             begins.append(segment.first_sample * plan.sequence)
             length = 0
             for row in rows.values():

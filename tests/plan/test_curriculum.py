@@ -75,12 +75,12 @@ def test_shares_over_time(plan):
     assert edges[0] == 0
     assert edges[-1] == 6400
     assert 1600 in edges  # where a stage ends
-    assert len(edges) == 4  # one, and 1,200 samples of the move in steps of 1,024 or more
+    assert len(edges) == 1 + 40 + 1  # one, the pieces of the move, the end
     for i, (begin, end) in enumerate(pairwise(edges)):
         assert sum(row[i] for row in shares.values()) == pytest.approx(1)
         samples = walk(plan, begin // 4, end // 4)
         expected = (samples[2] + samples[3]) / (end - begin)
-        assert shares["th"][i] == pytest.approx(expected, abs=0.05)
+        assert shares["th"][i] == pytest.approx(expected, abs=0.2)
 
 
 @pytest.mark.parametrize(

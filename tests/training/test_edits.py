@@ -105,5 +105,10 @@ def test_the_plan_of_an_edit_before_it_is_trained(toml: Path, tmp_path: Path) ->
     assert {row["source"]: row["tokens"] // 16 for row in rows} == {"en": en, "ru": 160 - en}
     small = CliRunner().invoke(app, ["data", "plan", str(toml), "--set", "model.vocabulary=300"])
     assert "model.vocabulary 300 is less than" in str(small.exception)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(toml.with_name("en" + suffix), tmp_path / ("bare" + suffix))
+    bare = CliRunner().invoke(app, ["data", "plan", str(toml), "--set", f"data.sources.en.path='{tmp_path}/bare'"])
+    assert f"held-out part are unknown: 'en' ({tmp_path}/bare)" in bare.output
+    assert "not validated, since nothing of them is held out: 'en'" in bare.output
     without = CliRunner().invoke(app, ["data", "plan", str(toml), *place])
     assert "edited" not in without.output
