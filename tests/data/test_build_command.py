@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import sentencepiece
 
 from megapoly.cli import main
 from megapoly.data.indexed import IndexedDataset
@@ -39,6 +40,19 @@ def test_inputs_of_all_kinds(tmp_path, corpus, tokenizer, run):
     assert sorted(documents(tmp_path / "b")) == sorted(documents(tmp_path / "a"))
     code, _, told = run(tmp_path / "c", "--validation", 0, f"{folder}/*.pdf")
     assert (code, "*.pdf: no file; expected *.jsonl" in told) == (1, True)
+
+
+def test_the_librarys_encoder_is_told(tmp_path, run):
+    texts = [sentence(WORDS, i) for i in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "u"), model_type="unigram", vocab_size=60,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    path = write_lines(tmp_path / "t.jsonl", [{"text": text} for text in texts])
+    code, told, _ = run(tmp_path / "d", "--tokenizer", tmp_path / "u.model", "--validation", 0, path)
+    assert code == 0
+    assert told.startswith(f"{tmp_path}/u.model: encoded by sentencepiece (it is not a byte-pair model), several times")
+    assert "encoded by" not in run(tmp_path / "e", "--validation", 0, path)[1]
 
 
 def test_shards_that_merge(tmp_path, corpus, run, small_pieces):
