@@ -18,15 +18,15 @@ def slopes(heads: int) -> Tensor:
     every other one of the power above.
     """
     below = 1 << (heads.bit_length() - 1)
-    result = _geometric(below)
+    result = _geometric(below, torch.arange(1, below + 1))
     if below < heads:
-        result = torch.cat((result, _geometric(2 * below)[0::2][: heads - below]))
+        result = torch.cat((result, _geometric(2 * below, torch.arange(1, 2 * (heads - below), 2))))
     return result
 
 
-def _geometric(heads: int) -> Tensor:
-    base = torch.tensor(2.0 ** (-8 / heads), dtype=torch.float32)
-    return base ** torch.arange(1, heads + 1, dtype=torch.int32)
+def _geometric(heads: int, powers: Tensor) -> Tensor:
+    # Just these powers, not some of more: in a vector of another length torch rounds them otherwise.
+    return torch.tensor(2.0 ** (-8 / heads), dtype=torch.float32) ** powers.int()
 
 
 class Alibi:
