@@ -23,6 +23,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen": {"family": "qwen", "heads": 4, "key_value_heads": 4},
     "bloom": {"family": "bloom", "heads": 8},
 }
+# The parts of Qwen2 that are not LLaMA's differ under two ranks already.
+SAMPLED = (("llama", 1), ("llama", 2), ("llama", 4), ("qwen", 2), ("bloom", 2), ("bloom", 4))
 
 
 def sample(family: str, size: int) -> list[dict[str, Any]]:
@@ -57,8 +59,7 @@ def check(family: str, size: int, chosen: list[dict[str, Any]]) -> None:
             raise AssertionError(f"in {case}") from error
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(("family", "size"), SAMPLED)
 def test_gradients_equal_one_process(family: str, size: int) -> None:
     check(family, size, sample(family, size))
 
@@ -71,7 +72,7 @@ def test_gradients_equal_one_process_in_all_combinations(family: str, size: int)
 
 
 def test_the_sample_has_every_value_of_every_option() -> None:
-    chosen = [case for family in SHAPES for size in SIZES for case in sample(family, size)]
+    chosen = [case for family, size in SAMPLED for case in sample(family, size)]
     for key, values in OPTIONS.items():
         assert key == "micro_batch" or set(values) == {case[key] for case in chosen}, key
 
