@@ -1,7 +1,7 @@
 """The one-process model as LLaMA, Qwen2, Mistral and BLOOM against transformers on the same weights, in float64.
 
 transformers computes some parts in float32 whatever the model's dtype: RMSNorm and BLOOM's softmax, which torch's own
-in float64 replace here, and the rotary angles, which are part of what the models are.
+in float64 replace here, and the rotary angles, which are part of what the models are. In float32 nothing is replaced.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SHAPES: dict[str, tuple[str, Model]] = {
 }
 
 
-def rotary_peer(kind: str, ours: Model) -> nn.Module:
+def rotary_peer(kind: str, ours: Model, dtype: torch.dtype) -> nn.Module:
     rope: dict[str, Any] = {"rope_theta": ours.rope_base or 10000.0, "rope_type": "default"}
     if ours.rope_scaling is not None:
         rope |= {"rope_type": ours.rope_scaling.kind, "factor": ours.rope_scaling.factor}
@@ -69,7 +69,9 @@ def rotary_peer(kind: str, ours: Model) -> nn.Module:
         max_position_embeddings=ours.positions, rms_norm_eps=ours.norm_epsilon, rope_parameters=rope,
         tie_word_embeddings=ours.tied, attn_implementation="sdpa", **keys,
     )  # fmt: skip
-    peer = getattr(transformers, f"{kind}ForCausalLM")(config).double()
+    peer = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
+    if dtype == torch.float32:
+        return peer
     for parent in list(peer.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ == f"{kind}RMSNorm":
@@ -78,20 +80,20 @@ def rotary_peer(kind: str, ours: Model) -> nn.Module:
     return peer
 
 
-def bloom_peer(ours: Model) -> nn.Module:
+def bloom_peer(ours: Model, dtype: torch.dtype) -> nn.Module:
     config = transformers.BloomConfig(
         vocab_size=ours.vocabulary, hidden_size=ours.hidden, n_layer=ours.layers, n_head=ours.heads,
         layer_norm_epsilon=ours.norm_epsilon, hidden_dropout=0, attention_dropout=0,
     )  # fmt: skip
-    peer = transformers.BloomForCausalLM(config).double()
-    for layer in peer.transformer.h:  # the constants of BLOOM's own have nine digits
+    peer = transformers.BloomForCausalLM(config).to(dtype)
+    for layer in peer.transformer.h if dtype == torch.float64 else ():  # the constants of BLOOM's own have nine digits
         layer.mlp.gelu_impl = nn.GELU(approximate="tanh")
     return peer
 
 
-def oracle(kind: str, ours: Model) -> nn.Module:
+def oracle(kind: str, ours: Model, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    peer = bloom_peer(ours) if kind == "Bloom" else rotary_peer(kind, ours)
+    peer = bloom_peer(ours, dtype) if kind == "Bloom" else rotary_peer(kind, ours, dtype)
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
@@ -148,7 +150,7 @@ def logical(kind: str, peer: nn.Module, ours: Model, of: Callable[[Tensor], Any]
 
 
 def loaded(kind: str, peer: nn.Module, ours: Model) -> DecoderStage:
-    stage = DecoderStage(ours, place=Place(dtype=torch.float64))
+    stage = DecoderStage(ours, place=Place(dtype=next(peer.parameters()).dtype))
     weights = logical(kind, peer, ours)
     assert {p.spec.name: p.spec.shape for p in stage.parameters()} == {k: tuple(v.shape) for k, v in weights.items()}
     with torch.no_grad():
@@ -188,6 +190,16 @@ def test_logits_loss_and_gradients_equal_transformers(kind: str, ours: Model) ->
     for name, gradient in logical(kind, peer, ours, lambda p: p.grad).items():
         assert gradient.abs().max() > 0, name
         assert (gradients[name] - gradient).abs().max() <= 1e-9 * max(1.0, gradient.abs().max()), name
+
+
+@pytest.mark.parametrize(("kind", "ours"), SHAPES.values(), ids=SHAPES)
+def test_logits_equal_transformers_in_float32(kind: str, ours: Model) -> None:
+    peer = oracle(kind, ours, torch.float32)
+    tokens = torch.randint(ours.vocabulary, (3, ours.positions))
+    positions = torch.arange(ours.positions).expand_as(tokens)
+    logits = loaded(kind, peer, ours)(None, Call(positions.t(), tokens_SB=tokens.t())).transpose(0, 1)
+    expected = peer(tokens).logits
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["llama 3", "bloom, 5 heads"])
