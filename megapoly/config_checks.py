@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megapoly.config_schema import Ramp, Schema
+from megapoly.config_schema import Model, Ramp, Schema
 from megapoly.errors import ConfigError
 from megapoly.mixture import groups_of
 
@@ -43,9 +43,49 @@ def _check_model(config: Schema) -> None:
             f" {max(1, round(model.ffn / layout.tp)) * layout.tp}"
         )
     if config.train.sequence > model.positions:
+        table = "the position table, " if model.position == "learned" else ""
         raise ConfigError(
-            f"train.sequence {config.train.sequence} is longer than the position table, model.positions"
+            f"train.sequence {config.train.sequence} is longer than {table}model.positions"
             f" {model.positions}; raise model.positions or shorten train.sequence"
+        )
+    _check_rope(model)
+
+
+def _check_rope(model: Model) -> None:
+    if model.position != "rope":
+        given = [key for key in ("rope_base", "rope_scaling") if getattr(model, key) is not None]
+        if given:
+            raise ConfigError(
+                f"model.{given[0]} is set, but model.position {model.position!r} has no rotary angles; remove it, or"
+                " set model.position to 'rope'"
+            )
+        return
+    if model.head_dim % 2:
+        raise ConfigError(
+            f"model.hidden {model.hidden} / model.heads {model.heads} = {model.head_dim} channels a head, and rotary"
+            " embedding turns pairs of them; choose heads for an even number, or another model.position"
+        )
+    scaling = model.rope_scaling
+    if scaling is None:
+        return
+    own = ("original_positions", "low_frequency_factor", "high_frequency_factor")
+    if scaling.kind == "linear":
+        given = [key for key in own if getattr(scaling, key) is not None]
+        if given:
+            raise ConfigError(
+                f"model.rope_scaling.{given[0]} belongs to kind 'llama3', and kind is 'linear'; remove it, or change"
+                " the kind"
+            )
+        return
+    if scaling.original_positions is None:
+        raise ConfigError(
+            "model.rope_scaling: kind 'llama3' needs original_positions, the longest sequence of the first training"
+            " (8192 for LLaMA 3.1)"
+        )
+    if scaling.low >= scaling.high:
+        raise ConfigError(
+            f"model.rope_scaling: low_frequency_factor {scaling.low} has to be below high_frequency_factor"
+            f" {scaling.high}"
         )
 
 

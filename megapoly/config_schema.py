@@ -23,17 +23,59 @@ class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+class RopeScaling(_Section):
+    """Rotary angles for sequences longer than those that a model was first trained on."""
+
+    kind: Literal["linear", "llama3"] = Field(
+        description="linear divides every frequency by the factor; llama3 those with few periods in original_positions"
+    )
+    factor: PositiveFloat
+    original_positions: PositiveInt | None = Field(None, description="llama3: longest sequence of the first training")
+    low_frequency_factor: PositiveFloat | None = Field(
+        None, description="llama3: frequencies with fewer periods are divided; 1 where not given"
+    )
+    high_frequency_factor: PositiveFloat | None = Field(
+        None, description="llama3: frequencies with more periods are left; 4 where not given"
+    )
+
+    @property
+    def low(self) -> float:
+        return self.low_frequency_factor or 1.0
+
+    @property
+    def high(self) -> float:
+        return self.high_frequency_factor or 4.0
+
+
 class Model(_Section):
-    """A decoder of the PolyLM / GPT-2 family: learned positions, pre-LayerNorm, tanh GELU, biases, tied embeddings."""
+    """A pre-norm decoder. The defaults are the PolyLM / GPT-2 family: learned positions, LayerNorm, tanh GELU, biases,
+    tied embeddings.
+
+    LLaMA: norm = "rms", position = "rope", activation = "swiglu", biases = false, and tied = false in most sizes;
+    Qwen2 has qkv_biases = true beside it. BLOOM: position = "alibi", embedding_norm = true.
+    """
 
     layers: PositiveInt
     hidden: PositiveInt
     heads: PositiveInt
     ffn: PositiveInt
     vocabulary: PositiveInt
-    positions: PositiveInt = Field(description="rows of the learned position table; the longest sequence")
+    positions: PositiveInt = Field(description="the longest sequence; rows of the table of learned positions")
     key_value_heads: PositiveInt | None = Field(None, description="grouped queries; as many as heads where not given")
+    norm: Literal["layer", "rms"] = "layer"
     norm_epsilon: PositiveFloat = 1e-5
+    embedding_norm: bool = Field(False, description="a norm on the embeddings")
+    position: Literal["learned", "rope", "alibi"] = Field(
+        "learned", description="a table that is trained, rotary embedding, or biases linear in the distance"
+    )
+    rope_base: PositiveFloat | None = Field(
+        None, description="rope: wavelengths go from 2 pi to nearly 2 pi x this; 10000 where not given"
+    )
+    rope_scaling: RopeScaling | None = None
+    activation: Literal["gelu", "swiglu"] = Field("gelu", description="of the feed-forward; swiglu has a gate of ffn")
+    biases: bool = Field(True, description="of the linear layers")
+    qkv_biases: bool | None = Field(None, description="of queries, keys and values; as biases where not given")
+    tied: bool = Field(True, description="the output layer has the weight of the embedding, not one of its own")
     init_std: PositiveFloat = 0.02
     fp32_residual: bool = Field(True, description="keep the residual stream in fp32 under a lower precision")
     fp32_softmax: bool = Field(True, description="softmax of the attention in fp32 under a lower precision")
@@ -47,6 +89,19 @@ class Model(_Section):
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def wavelength_base(self) -> float:
+        return self.rope_base or 10000.0
+
+    @property
+    def has_qkv_biases(self) -> bool:
+        return self.biases if self.qkv_biases is None else self.qkv_biases
+
+    @property
+    def inner(self) -> int:
+        """Outputs of the first layer of the feed-forward."""
+        return 2 * self.ffn if self.activation == "swiglu" else self.ffn
 
 
 class Layout(_Section):

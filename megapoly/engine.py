@@ -219,7 +219,8 @@ def _stages(config: Config, context: ParallelContext, dtype: torch.dtype) -> dic
     ranges = stage_layers(config)
     last = len(ranges) - 1
     rank_of = placement(layout)
-    apart = rank_of[0] != rank_of[last]
+    tied = config.model.tied
+    apart = tied and rank_of[0] != rank_of[last]
     stages: dict[int, DecoderStage] = {}
     for number, layers in enumerate(ranges):
         if rank_of[number] == pp.rank:
@@ -228,7 +229,7 @@ def _stages(config: Config, context: ParallelContext, dtype: torch.dtype) -> dic
                 layers=layers,
                 first=number == 0,
                 last=number == last,
-                embedding=stages[0].embedding if number == last and 0 in stages else None,
+                embedding=stages[0].embedding if tied and number == last and 0 in stages else None,
                 tied={0: "first", last: "last"}.get(number) if apart else None,
                 layout=layout,
                 place=place,

@@ -113,6 +113,13 @@ def test_documents_are_json_and_read_back(file):
         config.model.layers = 5
 
 
+def test_documents_of_every_family_are_read_back():
+    scaling = {"kind": "linear", "factor": 2.0}
+    for changes in ({}, {"model__position": "alibi"}, {"model__position": "rope", "model__rope_scaling": scaling}):
+        config = parse(tree(**changes))
+        assert parse({**tree(), "model": config.document()["model"]}) == config
+
+
 def test_identity_leaves_free_what_may_change(file):
     config = load(file)
     free = ["layout.tp=1", "layout.micro_batch=4", "log.every_steps=7", "checkpoint.keep=9", "validation.windows=3",
@@ -241,6 +248,39 @@ CROSS = {
         {"train__sequence": 65},
         "train.sequence 65 is longer than the position table, model.positions 64; raise model.positions or shorten",
     ),
+    "sequence by positions without a table": (
+        {"train__sequence": 65, "model__position": "alibi"},
+        "train.sequence 65 is longer than model.positions 64; raise model.positions or shorten train.sequence",
+    ),
+    "angles without rope": (
+        {"model__rope_base": 500.0},
+        "model.rope_base is set, but model.position 'learned' has no rotary angles; remove it, or set model.position",
+    ),
+    "scaling without rope": (
+        {"model__rope_scaling": {"kind": "linear", "factor": 2.0}, "model__position": "alibi"},
+        "model.rope_scaling is set, but model.position 'alibi' has no rotary angles; remove it, or set model.position",
+    ),
+    "pairs of channels": (
+        {"model__position": "rope", "model__hidden": 18},
+        "model.hidden 18 / model.heads 6 = 3 channels a head, and rotary embedding turns pairs of them; choose heads",
+    ),
+    "llama3 without its length": (
+        {"model__position": "rope", "model__rope_scaling": {"kind": "llama3", "factor": 2.0}},
+        "model.rope_scaling: kind 'llama3' needs original_positions, the longest sequence of the first training",
+    ),
+    "linear with a length": (
+        {"model__position": "rope", "model__rope_scaling": {"kind": "linear", "factor": 2.0, "original_positions": 8}},
+        "model.rope_scaling.original_positions belongs to kind 'llama3', and kind is 'linear'; remove it, or change",
+    ),
+    "llama3 with crossed bounds": (
+        {
+            "model__position": "rope",
+            "model__rope_scaling": {
+                "kind": "llama3", "factor": 2.0, "original_positions": 8, "low_frequency_factor": 4.0,
+            },
+        },
+        "model.rope_scaling: low_frequency_factor 4.0 has to be below high_frequency_factor 4.0",
+    ),
     "stage names": (
         {"data__stages__1__name": "first"},
         "data.stages: two stages have one name among ['first', 'first']; give each its own",
@@ -320,6 +360,9 @@ def test_values_at_the_edge_of_every_check_are_accepted():
     for changes in (
         {"model__heads": 24},
         {"model__key_value_heads": 2},
+        {"model__position": "rope", "model__rope_base": 5e5},
+        {"model__position": "rope", "model__rope_scaling": {"kind": "linear", "factor": 2.0}},
+        {"model__position": "alibi", "train__sequence": 64},
         {"layout__tp": 6, "layout__sequence_parallel": False},
         {"layout__pp": 4},
         {"layout__pp": 4, "layout__stage_layers": [0, 2, 2, 0]},

@@ -17,6 +17,7 @@ from megapoly.config import Model
 from megapoly.layers.call import Call, Place, accumulation_dtype
 from megapoly.layers.dropout import Dropout
 from megapoly.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megapoly.layers.rotary import rotate
 
 
 class Attention(nn.Module):
@@ -32,12 +33,16 @@ class Attention(nn.Module):
         self.dropout = Dropout(f"{name}.probabilities", model.attention_dropout, place)
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv", model.hidden, (model.groups, self.queries + 2, self.head_dim),
-            std=model.init_std, place=place,
+            std=model.init_std, place=place, bias=model.has_qkv_biases,
         )  # fmt: skip
-        self.output = RowParallelLinear(f"{name}.output", model.hidden, model.hidden, std=output_std, place=place)
+        self.output = RowParallelLinear(
+            f"{name}.output", model.hidden, model.hidden, std=output_std, place=place, bias=model.biases
+        )
 
     def forward(self, x_sBH: Tensor, call: Call) -> Tensor:
         qkv = self.qkv(x_sBH, call)
+        if call.rotary is not None:
+            qkv = rotate(qkv, call.rotary, self.queries + 2)
         if self.recompute and torch.is_grad_enabled():
             heads = checkpoint(self._attend, qkv, call, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -54,7 +59,9 @@ class Attention(nn.Module):
         if drops or not (self.fp32_softmax or qkv.dtype == accumulation_dtype(qkv.dtype)):
             out_BASD = self._explicit(query_BASD, key_BGSD, value_BGSD, call)
         else:
-            mask = None if call.mask_BSS is None else call.mask_BSS.unsqueeze(1)
+            mask = call.scores_BASS
+            if mask is None and call.mask_BSS is not None:
+                mask = call.mask_BSS.unsqueeze(1)
             out_BASD = scaled_dot_product_attention(
                 query_BASD, key_BGSD, value_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.queries > 1
             )
@@ -66,10 +73,14 @@ class Attention(nn.Module):
         wide = accumulation_dtype(dtype) if self.fp32_softmax else dtype  # of the scores and their softmax
         key_BASD, value_BASD = (x.repeat_interleave(self.queries, 1) for x in (key_BGSD, value_BGSD))
         scores_BASS = (query_BASD.to(wide) / math.sqrt(self.head_dim)) @ key_BASD.to(wide).transpose(-1, -2)
-        s = scores_BASS.shape[-1]
-        visible = torch.ones(s, s, dtype=torch.bool, device=scores_BASS.device).tril()
-        visible = visible if call.mask_BSS is None else call.mask_BSS.unsqueeze(1)
-        probabilities = scores_BASS.masked_fill(~visible, -torch.inf).softmax(-1).to(dtype)
+        if call.scores_BASS is not None:
+            scores_BASS = scores_BASS.add_(call.scores_BASS)
+        else:
+            s = scores_BASS.shape[-1]
+            visible = torch.ones(s, s, dtype=torch.bool, device=scores_BASS.device).tril()
+            visible = visible if call.mask_BSS is None else call.mask_BSS.unsqueeze(1)
+            scores_BASS = scores_BASS.masked_fill(~visible, -torch.inf)
+        probabilities = scores_BASS.softmax(-1).to(dtype)
         return self.dropout.probabilities(probabilities, call) @ value_BASD
 
 

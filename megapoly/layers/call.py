@@ -63,6 +63,9 @@ class Call:
     Attributes:
         positions_SB: position of every token, in its document or in the window; int64.
         mask_BSS: True where a query (second dimension) sees a key; None is the causal mask.
+        scores_BASS: what is added to the scores of this rank's A heads, -inf where a query does not see a key; takes
+            the place of the mask. B may be 1.
+        rotary: cosines and sines of the positions, see :meth:`megapoly.layers.rotary.Rotary.table`.
         documents_BS: document of each token in its window, where attention keeps to documents: a stage makes the mask
             of them, which then is not there before its time.
         tokens_SB: on the first stage.
@@ -74,6 +77,8 @@ class Call:
 
     positions_SB: Tensor
     mask_BSS: Tensor | None = None
+    scores_BASS: Tensor | None = None
+    rotary: Tensor | None = None
     documents_BS: Tensor | None = None
     tokens_SB: Tensor | None = None
     labels_SB: Tensor | None = None

@@ -49,9 +49,9 @@ class _Lookup(torch.autograd.Function):
 class VocabularyEmbedding(nn.Module):
     """Weight ``[vocabulary, hidden]``, split along the vocabulary and padded where tp does not divide it.
 
-    Also the output layer's weight where it is tied. Where the first and the last stage of a pipeline live on two ranks,
-    each holds a copy (``copy`` says which); the gradient of each is a partial sum over the axis ``tied``, and the first
-    stage owns it.
+    Also holds the output layer's weight. Where that is tied to the embedding, and the first and the last stage of a
+    pipeline live on two ranks, each holds a copy (``copy`` says which); the gradient of each is a partial sum over the
+    axis ``tied``, and the first stage owns it.
     """
 
     def __init__(

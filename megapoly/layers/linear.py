@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megapoly import comm
 from megapoly.context import Axis
+from megapoly.layers.activation import Activation
 from megapoly.layers.call import Call, GradSink, Place, hand_over, parameter, whole_spec
 from megapoly.layers.product import add_product, product
 from megapoly.spec import Index, ParamSpec, shard
@@ -60,27 +61,28 @@ class _Column(torch.autograd.Function):
 
 
 class _Row(torch.autograd.Function):
-    """With ``activation`` the input is that of a tanh GELU, which the backward pass computes again."""
+    """With ``activation`` the input is that of the activation, which the backward pass computes again."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         tp: Axis,
         split: bool,
-        activation: bool,
+        activation: Activation | None,
         sink: GradSink | None,
     ) -> Tensor:
         ctx.tp, ctx.split, ctx.activation, ctx.sink, ctx.weight, ctx.bias = tp, split, activation, sink, weight, bias
         ctx.save_for_backward(x)
-        if activation:
-            x = torch.nn.functional.gelu(x, approximate="tanh")
+        if activation is not None:
+            x = activation.forward(x)
         if tp.size == 1:
             return product(x, weight, bias)
         y = product(x, weight)
-        return (comm.reduce_scatter(y, tp) if split else comm.all_reduce(y, tp)).add_(bias)
+        y = comm.reduce_scatter(y, tp) if split else comm.all_reduce(y, tp)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,14 +93,14 @@ class _Row(torch.autograd.Function):
             sink, ctx.bias, lambda out: out.add_(slice_dy.reshape(-1, out.numel()).sum(0, dtype=out.dtype))
         )
         before = x
-        if ctx.activation:
-            x = torch.nn.functional.gelu(x, approximate="tanh")
+        if ctx.activation is not None:
+            x = ctx.activation.forward(x)
         dy = (gathered.wait() if gathered else slice_dy).reshape(-1, weight.shape[0])
         d_input = None
         if ctx.needs_input_grad[0]:
             d_input = product(dy, weight.t()).view(x.shape)
-            if ctx.activation:
-                d_input = torch.ops.aten.gelu_backward(d_input, before, approximate="tanh")
+            if ctx.activation is not None:
+                d_input = ctx.activation.backward(d_input, before)
         d_weight = hand_over(sink, weight, lambda out: add_product(out, dy, x.reshape(-1, weight.shape[1])))
         return d_input, d_weight, d_bias, None, None, None, None
 
@@ -109,20 +111,24 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, call
 
 
 class ColumnParallelLinear(nn.Module):
-    """Weight ``[*outputs, inputs]``, split along the first of ``outputs``; bias ``outputs``, split likewise.
+    """Weight ``[*outputs, inputs]``, split along dimension ``split`` of ``outputs``; bias ``outputs``, split likewise.
 
     Raises:
-        ValueError: if ``tp`` does not divide the first of ``outputs``.
+        ValueError: if ``tp`` does not divide that dimension.
     """
 
-    def __init__(self, name: str, inputs: int, outputs: Index, *, std: float, place: Place) -> None:
+    def __init__(
+        self, name: str, inputs: int, outputs: Index, *, std: float, place: Place, bias: bool = True, split: int = 0
+    ) -> None:
         super().__init__()
         self.tp = place.tp
         shape = (*outputs, inputs)
-        weight_box, weight_local = shard(shape, 0, place.tp.rank, place.tp.size)
-        bias_box, bias_local = shard(outputs, 0, place.tp.rank, place.tp.size)
-        self.weight = parameter(ParamSpec(f"{name}.weight", shape, weight_box, weight_local, std=std), place)
-        self.bias = parameter(ParamSpec(f"{name}.bias", outputs, bias_box, bias_local, decay=False), place)
+        box, local = shard(shape, split, place.tp.rank, place.tp.size)
+        self.weight = parameter(ParamSpec(f"{name}.weight", shape, box, local, std=std), place)
+        self.bias = None
+        if bias:
+            box, local = shard(outputs, split, place.tp.rank, place.tp.size)
+            self.bias = parameter(ParamSpec(f"{name}.bias", outputs, box, local, decay=False), place)
 
     def forward(self, x_sBH: Tensor, call: Call) -> Tensor:
         return column_linear(x_sBH, self.weight, self.bias, self.tp, call)
@@ -135,16 +141,16 @@ class RowParallelLinear(nn.Module):
         ValueError: if ``tp`` does not divide ``inputs``.
     """
 
-    def __init__(self, name: str, inputs: int, outputs: int, *, std: float, place: Place) -> None:
+    def __init__(self, name: str, inputs: int, outputs: int, *, std: float, place: Place, bias: bool = True) -> None:
         super().__init__()
         self.tp = place.tp
         box, local = shard((outputs, inputs), 1, place.tp.rank, place.tp.size)
         self.weight = parameter(ParamSpec(f"{name}.weight", (outputs, inputs), box, local, std=std), place)
-        self.bias = parameter(whole_spec(f"{name}.bias", (outputs,), place, decay=False), place)
+        self.bias = parameter(whole_spec(f"{name}.bias", (outputs,), place, decay=False), place) if bias else None
 
-    def forward(self, x_SBI: Tensor, call: Call, *, activation: bool = False) -> Tensor:
+    def forward(self, x_SBI: Tensor, call: Call, *, activation: Activation | None = None) -> Tensor:
         """``[S, B, inputs of this rank]`` -> ``[s, B, outputs]``, summed over tp; the bias is added once.
 
-        With ``activation`` the input goes through a tanh GELU, which is computed again in the backward pass, not kept.
+        With ``activation`` the input goes through it, which is computed again in the backward pass, not kept.
         """
         return _Row.apply(x_SBI, self.weight, self.bias, self.tp, call.sequence_parallel, activation, call.sink)

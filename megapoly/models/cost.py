@@ -13,19 +13,33 @@ from megapoly.pipeline.generators import GENERATORS
 
 
 def parameter_count(model: Model) -> int:
-    """Logical parameters, position table included; the tied embedding counts once."""
-    h, f = model.hidden, model.ffn
-    biases_and_norms = (h + _key_value_size(model)) + h + f + h + 4 * h
-    layer = _layer_weights(model) + biases_and_norms
-    return model.layers * layer + (model.vocabulary + model.positions) * h + 2 * h
+    """Logical parameters, position table included; a tied embedding counts once."""
+    h = model.hidden
+    qkv_biases = h + _key_value_size(model) if model.has_qkv_biases else 0
+    biases = qkv_biases + (h + model.inner + h if model.biases else 0)
+    layer = _layer_weights(model) + biases + 2 * norm_size(model)
+    vocabularies = model.vocabulary * h * (1 if model.tied else 2)
+    norms = norm_size(model) * (2 if model.embedding_norm else 1)
+    return model.layers * layer + vocabularies + position_size(model) + norms
+
+
+def norm_size(model: Model) -> int:
+    """Parameters of one norm."""
+    return model.hidden if model.norm == "rms" else 2 * model.hidden
+
+
+def position_size(model: Model) -> int:
+    """Parameters of the position table."""
+    return model.positions * model.hidden if model.position == "learned" else 0
 
 
 def flops_per_token(model: Model, sequence: int) -> float:
     """Forward and backward, as 6 N + 12 layers x hidden x sequence (Chowdhery et al., arXiv 2204.02311, appendix B).
 
-    N leaves out the position table, which is not multiplied. Causality is not discounted.
+    N leaves out what is not multiplied: the position table, and an embedding that is not the output too. Causality is
+    not discounted.
     """
-    n = parameter_count(model) - model.positions * model.hidden
+    n = parameter_count(model) - position_size(model) - (0 if model.tied else model.vocabulary * model.hidden)
     return 6.0 * n + 12.0 * model.layers * model.hidden * sequence
 
 
@@ -89,4 +103,4 @@ def _key_value_size(model: Model) -> int:
 def _layer_weights(model: Model) -> int:
     """Elements of the matrices of one layer."""
     h = model.hidden
-    return h * (h + _key_value_size(model)) + h * h + 2 * h * model.ffn
+    return h * (h + _key_value_size(model)) + h * h + h * (model.inner + model.ffn)

@@ -1,7 +1,8 @@
 """The decoder, as a range of layers: one pipeline stage holds one :class:`DecoderStage`.
 
-PolyLM / GPT-2: learned positions, pre-LayerNorm and a final norm, tanh GELU, biases, tied embeddings. Initialisation is
-the release's: normal with ``init_std``, the outputs into the residual stream with ``init_std / sqrt(2 layers)``.
+The families PolyLM / GPT-2, LLaMA and BLOOM are configurations of it, see :class:`megapoly.config.Model`; all have
+norms before the blocks and at the end. Initialisation is that of PolyLM's release: normal with ``init_std``, the
+outputs into the residual stream with ``init_std / sqrt(2 layers)``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megapoly import rng
 from megapoly.config import Layout, Model
+from megapoly.layers.alibi import Alibi
 from megapoly.layers.attention import Attention, document_mask
 from megapoly.layers.call import Call, Place, accumulation_dtype, spec_of
 from megapoly.layers.dropout import Dropout
@@ -23,7 +25,8 @@ from megapoly.layers.embedding import PositionEmbedding, VocabularyEmbedding
 from megapoly.layers.feedforward import FeedForward
 from megapoly.layers.linear import column_linear
 from megapoly.layers.loss import cross_entropy
-from megapoly.layers.norm import LayerNorm
+from megapoly.layers.norm import make_norm
+from megapoly.layers.rotary import Rotary
 
 
 class DecoderLayer(nn.Module):
@@ -31,12 +34,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, index: int, model: Model, *, place: Place, selective: bool = False) -> None:
         super().__init__()
-        name, hidden, epsilon = f"layers.{index}", model.hidden, model.norm_epsilon
+        name = f"layers.{index}"
         output_std = model.init_std / math.sqrt(2 * model.layers)
-        self.attention_norm = LayerNorm(f"{name}.attention_norm", hidden, epsilon=epsilon, place=place)
+        self.attention_norm = make_norm(f"{name}.attention_norm", model, place)
         self.attention = Attention(f"{name}.attention", model, output_std=output_std, place=place, recompute=selective)
         self.attention_dropout = Dropout(f"{name}.attention", model.dropout, place)
-        self.feedforward_norm = LayerNorm(f"{name}.feedforward_norm", hidden, epsilon=epsilon, place=place)
+        self.feedforward_norm = make_norm(f"{name}.feedforward_norm", model, place)
         self.feedforward = FeedForward(
             f"{name}.feedforward", model, output_std=output_std, place=place, recompute=selective
         )
@@ -76,15 +79,21 @@ class DecoderStage(nn.Module):
         self.first, self.last, self.tp = first, last, place.tp
         self.residual_dtype = accumulation_dtype(place.dtype) if model.fp32_residual else place.dtype
         self.embedding = embedding
-        if (first or last) and embedding is None:
-            self.embedding = VocabularyEmbedding(
-                "embedding", model.vocabulary, model.hidden, std=model.init_std, copy=tied, place=place
-            )
+        if embedding is None and (first or (last and model.tied)):
+            self.embedding = _vocabulary_embedding("embedding", model, tied, place)
+        self.positions = self.embedding_norm = self.output = None
         if first:
-            self.positions = PositionEmbedding(
-                "positions", model.positions, model.hidden, std=model.init_std, place=place
-            )
+            if model.position == "learned":
+                self.positions = PositionEmbedding(
+                    "positions", model.positions, model.hidden, std=model.init_std, place=place
+                )
+            if model.embedding_norm:
+                self.embedding_norm = make_norm("embedding_norm", model, place)
             self.dropout = Dropout("embedding", model.dropout, place)
+        if last and not model.tied:
+            self.output = _vocabulary_embedding("output", model, None, place)
+        self.rotary = Rotary(model, place.device) if model.position == "rope" else None
+        self.alibi = Alibi(model.heads, place.tp, place.dtype, place.device) if model.position == "alibi" else None
         begin, end = layers or (0, model.layers)
         recompute = "none" if layout is None else layout.recompute
         self.layers = nn.ModuleDict(
@@ -93,7 +102,7 @@ class DecoderStage(nn.Module):
         every = layout.recompute_every if layout is not None and recompute == "full" else 0
         self.recomputed = frozenset(str(i) for i in range(begin, end) if every and i % every == 0)
         if last:
-            self.final_norm = LayerNorm("final_norm", model.hidden, epsilon=model.norm_epsilon, place=place)
+            self.final_norm = make_norm("final_norm", model, place)
 
     def initialise(self, seed: int) -> None:
         """Fill every parameter with this rank's slice of the logical initial values."""
@@ -103,8 +112,8 @@ class DecoderStage(nn.Module):
     def contributions(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Every parameter, with the number of gradients that one backward pass hands over for it."""
         for parameter in self.parameters():
-            tied = self.embedding is not None and parameter is self.embedding.weight
-            yield parameter, self.first + self.last if tied else 1
+            shared = self.output is None and self.embedding is not None and parameter is self.embedding.weight
+            yield parameter, self.first + self.last if shared else 1
 
     def forward(self, x_sBH: Tensor | None, call: Call) -> Tensor:
         """Activations ``[s, B, H]``; on the last stage the token losses ``[S, B]``.
@@ -112,8 +121,7 @@ class DecoderStage(nn.Module):
         Without labels the last stage returns the logits ``[S, B, vocabulary of this rank]`` of the vocabulary that is
         not padding.
         """
-        if call.documents_BS is not None:
-            call = replace(call, mask_BSS=document_mask(call.documents_BS))
+        call = self._with_positions(call)
         if self.first:
             x_sBH = self._embed(call)
         assert x_sBH is not None
@@ -125,23 +133,42 @@ class DecoderStage(nn.Module):
                 x_sBH = layer(x_sBH, call)
         return self._losses(x_sBH, call) if self.last else x_sBH
 
+    def _with_positions(self, call: Call) -> Call:
+        """What all layers of the stage need of documents and positions, made once."""
+        if not self.layers:
+            return call
+        mask_BSS = call.mask_BSS if call.documents_BS is None else document_mask(call.documents_BS)
+        if self.alibi is not None:
+            return replace(call, scores_BASS=self.alibi.scores(call.positions_SB.shape[0], mask_BSS))
+        rotary = None if self.rotary is None else self.rotary.table(call.positions_SB)
+        return replace(call, mask_BSS=mask_BSS, rotary=rotary)
+
     def _embed(self, call: Call) -> Tensor:
         assert self.embedding is not None
         assert call.tokens_SB is not None
         _wait_for(self.embedding, call)
-        _wait_for(self.positions, call)
         x_sBH = self.embedding(call.tokens_SB, call).to(self.residual_dtype)
-        return self.dropout.hidden(x_sBH + self.positions(call.positions_SB, call), call)
+        if self.positions is not None:
+            _wait_for(self.positions, call)
+            x_sBH = x_sBH + self.positions(call.positions_SB, call)
+        if self.embedding_norm is not None:
+            _wait_for(self.embedding_norm, call)
+            x_sBH = self.embedding_norm(x_sBH, call).to(self.residual_dtype)
+        return self.dropout.hidden(x_sBH, call)
 
     def _losses(self, x_sBH: Tensor, call: Call) -> Tensor:
-        assert self.embedding is not None
-        _wait_for(self.embedding, call)
+        output = self.embedding if self.output is None else self.output
+        assert output is not None
+        _wait_for(output, call)
         _wait_for(self.final_norm, call)
-        out_sBH = self.final_norm(x_sBH, call)
-        logits_SBV = column_linear(out_sBH, self.embedding.weight, None, self.tp, call)
+        logits_SBV = column_linear(self.final_norm(x_sBH, call), output.weight, None, self.tp, call)
         if call.labels_SB is None:
-            return logits_SBV[..., : self.embedding.count]
-        return cross_entropy(logits_SBV, call.labels_SB, self.embedding.start, self.embedding.count, self.tp)
+            return logits_SBV[..., : output.count]
+        return cross_entropy(logits_SBV, call.labels_SB, output.start, output.count, self.tp)
+
+
+def _vocabulary_embedding(name: str, model: Model, copy: str | None, place: Place) -> VocabularyEmbedding:
+    return VocabularyEmbedding(name, model.vocabulary, model.hidden, std=model.init_std, copy=copy, place=place)
 
 
 def _wait_for(module: nn.Module, call: Call) -> None:

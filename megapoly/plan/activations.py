@@ -94,8 +94,13 @@ class Sizes:
 
     @cached_property
     def inner(self) -> int:
-        """Inside the feed-forward, [S, B, ffn / tp]."""
+        """What comes out of the feed-forward's activation, [S, B, ffn / tp]."""
         return self.tokens * self.config.model.ffn // self.config.layout.tp * self.parameter
+
+    @cached_property
+    def gated(self) -> int:
+        """What goes into it: under SwiGLU the gates too."""
+        return self.tokens * self.config.model.inner // self.config.layout.tp * self.parameter
 
     @cached_property
     def scores(self) -> int:
@@ -116,8 +121,34 @@ class Sizes:
 
     @cached_property
     def norm(self) -> int:
-        """A norm keeps its input, mean and deviation; its output is the input of what follows, which keeps it."""
-        return self.residual + 2 * self.slice_tokens * self.wide + self.hidden
+        """A norm keeps its input and statistics; its output is the input of what follows, which keeps it."""
+        return self.residual + self.statistics + self.hidden
+
+    @cached_property
+    def statistics(self) -> int:
+        """Of a norm: mean and deviation, or the root mean square alone."""
+        return self.slice_tokens * self.wide * (1 if self.config.model.norm == "rms" else 2)
+
+    @cached_property
+    def rotary(self) -> int:
+        """Sines and cosines of the positions, [2, S, B, head dimension / 2], in fp32."""
+        return 4 * self.tokens * self.config.model.head_dim if self.config.model.position == "rope" else 0
+
+    @cached_property
+    def biases(self) -> int:
+        """Of ALiBi: [heads / tp, S, S], of every sample where documents are separated."""
+        if self.config.model.position != "alibi":
+            return 0
+        samples = self.config.layout.micro_batch if self.config.data.separate_documents else 1
+        length = self.config.train.sequence
+        return samples * self.config.model.heads // self.config.layout.tp * length * length * self.parameter
+
+    @cached_property
+    def embedded(self) -> int:
+        """What is kept of the embedding: row numbers, which are inside, the input of its norm, and what was dropped."""
+        model = self.config.model
+        rows = self.tokens + (self.slice_tokens if model.position == "learned" else 0)
+        return 9 * rows + (self.residual + self.statistics if model.embedding_norm else 0) + self.dropped
 
     @cached_property
     def dropped(self) -> int:
@@ -145,6 +176,11 @@ class Sizes:
         return self.tokens * self.config.train.sequence if self.config.data.separate_documents else 0
 
     @cached_property
+    def kept_mask(self) -> int:
+        """Of it what is kept: ALiBi's biases take its place."""
+        return 0 if self.config.model.position == "alibi" else self.mask
+
+    @cached_property
     def explicit_attention(self) -> bool:
         """Whether all probabilities are in memory."""
         model = self.config.model
@@ -165,7 +201,7 @@ def layer_sites(sizes: Sizes, recompute: str) -> dict[str, int]:
         "output": sizes.heads,
         "attention dropout": sizes.dropped,
         "feed-forward norm": sizes.norm,
-        "up": sizes.inner,
+        "up": sizes.gated,
         "activation": sizes.inner,
         "feed-forward dropout": sizes.dropped,
     }
@@ -181,13 +217,13 @@ def attention_core(sizes: Sizes) -> int:
         narrow = sizes.parameter if sizes.softmax > sizes.parameter else 0  # of what multiplies the values
         if model.attention_dropout:
             narrow = sizes.parameter + 1  # the values' factor after dropout, and what was kept
-        visible = sizes.mask or sizes.config.train.sequence**2
+        visible = 0 if model.position == "alibi" else sizes.mask or sizes.config.train.sequence**2
         return 3 * sizes.heads + sizes.scores * (sizes.softmax + narrow) + visible
     grouped = sizes.heads if model.groups < model.heads else 0  # the queries of all groups side by side are a copy
     sums = sizes.tokens * model.heads // sizes.config.layout.tp * sizes.wide
     # CUDA's kernel for fp32 and for masks gives [B, S, ...], the others what they were given, here [S, B, ...].
-    reordered = sizes.device == "cuda" and batch > 1 and (sizes.parameter > 2 or sizes.mask)
-    return grouped + sums + sizes.mask * sizes.parameter + (sizes.heads if reordered else 0)
+    reordered = sizes.device == "cuda" and batch > 1 and (sizes.parameter > 2 or sizes.mask or sizes.biases)
+    return grouped + sums + sizes.kept_mask * sizes.parameter + (sizes.heads if reordered else 0)
 
 
 def put_off_sites(sizes: Sizes) -> dict[str, tuple[int, int]]:
@@ -195,7 +231,7 @@ def put_off_sites(sizes: Sizes) -> dict[str, tuple[int, int]]:
     return {
         "qkv": (sizes.hidden, sizes.heads + sizes.key_value),
         "output": (sizes.heads, sizes.hidden + sizes.gathered),
-        "up": (sizes.hidden, sizes.inner),
+        "up": (sizes.hidden, sizes.gated),
         "down": (sizes.inner, sizes.hidden + sizes.gathered),
     }
 
@@ -227,10 +263,12 @@ def stage_memory(sizes: Sizes, layers: tuple[int, int], first: bool, last: bool)
     if not first and (modes or last):
         activations -= sizes.residual  # the stage's input
     if set(modes) - {"none"}:
-        activations += sizes.mask  # for what is computed again; else its copies in the attention are what is kept
+        activations += sizes.kept_mask  # for what is computed again; else its copies in the attention are what is kept
+    if modes:
+        activations += sizes.rotary + (sizes.biases if sizes.config.data.separate_documents else 0)
     if first:
-        activations += 9 * (sizes.tokens + sizes.slice_tokens) + sizes.dropped  # row numbers, and which are inside
-        put_off += sizes.hidden + (sizes.gathered or sizes.hidden)
+        activations += sizes.embedded
+        put_off += (sizes.hidden if sizes.config.model.position == "learned" else 0) + (sizes.gathered or sizes.hidden)
     if last:
         activations += sizes.norm + sizes.labels
         put_off += sizes.hidden
@@ -275,7 +313,7 @@ def _weights(sizes: Sizes, layers: bool, last: bool) -> Iterator[Live]:
         yield _output_product(sizes)
     if layers:
         model = sizes.config.model
-        inner = _product(sizes, model.hidden, model.ffn // sizes.config.layout.tp)
+        inner = _product(sizes, model.hidden, model.inner // sizes.config.layout.tp)
         yield Live(0, 0, sizes.gathered + inner)
 
 
@@ -310,9 +348,11 @@ def _layer_workspace(sizes: Sizes, mode: str, split: bool) -> int:
     """The gradient of the residual stream, and the largest of what stands beside it on the way through a layer."""
     model, tp = sizes.config.model, sizes.config.layout.tp
     narrow = sizes.hidden if sizes.hidden != sizes.residual else 0
-    product = 0 if split else _product(sizes, model.hidden, model.ffn // tp)
+    product = 0 if split else _product(sizes, model.hidden, model.inner // tp)
     again = 0 if mode == "none" else sizes.inner
-    feedforward = again + sizes.inner + sizes.gathered + max(sizes.inner, sizes.hidden + product)
+    factors = 2 * sizes.inner if model.activation == "swiglu" else 0  # of the gradient of the gates
+    inside = max(sizes.inner + sizes.gated + factors, sizes.gated + sizes.hidden + product)
+    feedforward = again + sizes.gathered + inside
     attention = 2 * (sizes.heads + sizes.key_value)
     if sizes.explicit_attention:
         attention += 2 * sizes.scores * sizes.softmax

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megapoly.config import Config
-from megapoly.models.cost import stage_layers
+from megapoly.models.cost import norm_size, position_size, stage_layers
 from megapoly.pipeline.actions import Action, Kind, Schedule
 from megapoly.pipeline.schedule import build
 from megapoly.plan.activations import PARAMETER_BYTES, Device, Live, Sizes, StageMemory, stage_memory
@@ -51,7 +51,9 @@ def predict(config: Config, device: Device = "cuda") -> list[Usage]:
         parameters += _end_parameters(config, first_here, last_here)
         weights, gradients = parameters * sizes.parameter, parameters * sizes.wide
         optimizer = parameters * optimizer_bytes(config) // (config.mesh.dp if layout.shard_optimizer else 1)
-        always = Live(config.microbatches * _per_microbatch(sizes, first_here, last_here))
+        with_layers = sum(begin < end for begin, end in (spans[stage] for stage in mine))
+        biases = 0 if config.data.separate_documents else sizes.biases * with_layers  # shared by all micro-batches
+        always = Live(config.microbatches * _per_microbatch(sizes, first_here, last_here) + biases)
         lives = [always.plus(live) for live in walk(schedule, rank, stages, sizes.residual)]
         if device == "cuda":
             lives.append(always.plus(Live(0, 0, _update_workspace(config, first_here or last_here))))
@@ -96,16 +98,20 @@ def _parameters(config: Config, layers: int) -> int:
     """Of so many layers, on one tensor-parallel rank."""
     model, tp = config.model, config.layout.tp
     qkv = model.hidden + 2 * model.groups * model.head_dim
-    split = (qkv + model.ffn) * (model.hidden + 1) + (model.hidden + model.ffn) * model.hidden
-    return layers * (split // tp + 6 * model.hidden)
+    split = (qkv + model.inner + model.hidden + model.ffn) * model.hidden
+    split += (qkv if model.has_qkv_biases else 0) + (model.inner if model.biases else 0)
+    return layers * (split // tp + 2 * norm_size(model) + (2 * model.hidden if model.biases else 0))
 
 
 def _end_parameters(config: Config, first: bool, last: bool) -> int:
-    """Of the first and the last stage: embedding, of which a rank holds one copy, positions and final norm."""
+    """Of the first and the last stage: embedding, of which a rank holds one copy where it is tied, output, positions
+    and norms."""
     model = config.model
-    local_vocabulary = -(-model.vocabulary // config.layout.tp)
-    embedding = local_vocabulary * model.hidden if first or last else 0
-    return embedding + (model.positions * model.hidden if first else 0) + (2 * model.hidden if last else 0)
+    copies = int(first or last) if model.tied else first + last
+    parameters = copies * -(-model.vocabulary // config.layout.tp) * model.hidden
+    if first:
+        parameters += position_size(model) + (norm_size(model) if model.embedding_norm else 0)
+    return parameters + (norm_size(model) if last else 0)
 
 
 def walk(schedule: Schedule, rank: int, stages: dict[int, StageMemory], message: int) -> Iterator[Live]:

@@ -16,6 +16,28 @@ POLYLM_1_7B = Model(layers=24, hidden=2048, heads=16, ffn=8192, vocabulary=25600
 POLYLM_13B = Model(layers=40, hidden=5120, heads=40, ffn=20480, vocabulary=256000, positions=2048)
 SMALL = Model(layers=3, hidden=24, heads=4, ffn=52, vocabulary=61, positions=32)
 GROUPED = Model(layers=2, hidden=24, heads=4, key_value_heads=2, ffn=50, vocabulary=61, positions=32)
+BLOOM = SMALL.model_copy(update={"position": "alibi", "embedding_norm": True})
+_ROTARY = {"norm": "rms", "position": "rope", "activation": "swiglu", "biases": False}
+LLAMA = GROUPED.model_copy(update={**_ROTARY, "tied": False})
+QWEN = GROUPED.model_copy(update={**_ROTARY, "qkv_biases": True})
+# The published sizes: LLaMA 2 7B, LLaMA 3.1 8B, Qwen2 0.5B, BLOOM 7.1B.
+PUBLISHED = {
+    6_738_415_616: Model(
+        layers=32, hidden=4096, heads=32, ffn=11008, vocabulary=32000, positions=4096, **_ROTARY, tied=False
+    ),
+    8_030_261_248: Model(
+        layers=32, hidden=4096, heads=32, key_value_heads=8, ffn=14336, vocabulary=128256, positions=131072,
+        **_ROTARY, tied=False,
+    ),
+    494_032_768: Model(
+        layers=24, hidden=896, heads=14, key_value_heads=2, ffn=4864, vocabulary=151936, positions=32768,
+        **_ROTARY, qkv_biases=True,
+    ),
+    7_069_016_064: Model(
+        layers=30, hidden=4096, heads=32, ffn=16384, vocabulary=250880, positions=2048, position="alibi",
+        embedding_norm=True,
+    ),
+}  # fmt: skip
 
 
 def config_of(model: Model, sequence: int = 2048, **layout: object) -> Config:
@@ -24,9 +46,14 @@ def config_of(model: Model, sequence: int = 2048, **layout: object) -> Config:
     )
 
 
-@pytest.mark.parametrize("model", [SMALL, GROUPED])
+@pytest.mark.parametrize("model", [SMALL, GROUPED, BLOOM, LLAMA, QWEN])
 def test_parameter_count_is_that_of_the_modules(model: Model) -> None:
     assert cost.parameter_count(model) == sum(math.prod(shape) for shape in logical_shapes(model).values())
+
+
+@pytest.mark.parametrize("count", PUBLISHED)
+def test_published_counts(count: int) -> None:
+    assert cost.parameter_count(PUBLISHED[count]) == count
 
 
 def test_polylm_counts() -> None:
@@ -37,13 +64,16 @@ def test_polylm_counts() -> None:
     assert 1170 * (cost.flops_per_token(POLYLM_13B, 2048) - attention) / 312e12 == pytest.approx(0.313, abs=0.002)
 
 
-@pytest.mark.parametrize("model", [SMALL, GROUPED, POLYLM_1_7B, POLYLM_13B])
+def is_vector(name: str) -> bool:
+    return name.endswith("bias") or "norm" in name
+
+
+@pytest.mark.parametrize("model", [SMALL, GROUPED, BLOOM, LLAMA, QWEN, POLYLM_1_7B, POLYLM_13B])
 def test_layers_and_output_cost_a_third_of_both_passes(model: Model) -> None:
     """All but biases and norms, which the formula of both passes counts like matrices."""
     sequence = 32
     parts = model.layers * cost.layer_flops(model, sequence) + cost.output_flops(model)
-    kv = 2 * model.groups * model.head_dim
-    vectors = model.layers * (6 * model.hidden + model.hidden + kv + model.ffn) + 2 * model.hidden
+    vectors = sum(math.prod(shape) for name, shape in logical_shapes(model).items() if is_vector(name))
     assert 3 * parts + 6 * vectors == cost.flops_per_token(model, sequence)
 
 

@@ -18,14 +18,25 @@ from megapoly.spec import Piece
 SEQUENCE, BATCH, VOCABULARY = 16, 8, 53  # a prime: no tp divides it, and tp 8 leaves a rank with padding only
 
 
-MODEL = ("layers", "heads", "key_value_heads", "dropout", "attention_dropout")
+MODEL = ("layers", "heads", "key_value_heads", "dropout", "attention_dropout", "family")
+LLAMA = {
+    "norm": "rms", "position": "rope", "activation": "swiglu", "biases": False, "tied": False, "positions": 64,
+    "rope_scaling": {"kind": "llama3", "factor": 4.0, "original_positions": 16},
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "polylm": {},
+    "llama": LLAMA,
+    "qwen": {**LLAMA, "tied": True, "qkv_biases": True},
+    "bloom": {"position": "alibi", "embedding_norm": True},
+}
 
 
 def config(**layout: Any) -> Config:
-    """A run of two sources; keys of ``MODEL`` go to the model, the rest to the layout."""
+    """A run of two sources; keys of ``MODEL`` go to the model, the rest to the layout. ``family`` is of FAMILIES."""
     step = SEQUENCE * BATCH
     heads = layout.get("heads", 8)
     model = {key: layout.pop(key) for key in MODEL if key in layout}
+    model |= FAMILIES[model.pop("family", "polylm")]
     return parse(
         {
             "model": {

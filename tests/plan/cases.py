@@ -9,10 +9,19 @@ from megapoly.config import Config, parse
 _MODEL_KEYS = ("layers", "dropout", "attention_dropout", "key_value_heads", "fp32_residual", "fp32_softmax")
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "polylm": {},
+    "llama": {"norm": "rms", "position": "rope", "activation": "swiglu", "biases": False, "tied": False},
+    "qwen": {"norm": "rms", "position": "rope", "activation": "swiglu", "biases": False, "qkv_biases": True},
+    "bloom": {"position": "alibi", "embedding_norm": True},
+}
+
+
 def config(**changes: Any) -> Config:
-    """Keys of the model, ``precision``, ``global_batch`` and ``documents``; the rest goes to the layout."""
+    """Keys of the model, ``family``, ``precision``, ``global_batch`` and ``documents``; the rest goes to the layout."""
     model = {"layers": 4, "hidden": 128, "heads": 8, "ffn": 512, "vocabulary": 1500, "positions": 160}
     model |= {key: changes.pop(key) for key in _MODEL_KEYS if key in changes}
+    model |= FAMILIES[changes.pop("family", "polylm")]
     batch = changes.pop("global_batch", 4)
     return parse(
         {

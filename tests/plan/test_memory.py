@@ -25,6 +25,11 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"dropout": 0.1, "key_value_heads": 2, "micro_batch": 2, "recompute": "full"},
         {"attention_dropout": 0.1, "documents": True, "precision": "fp64"},
         {"fp32_softmax": False, "precision": "bf16", "documents": True},
+        {"family": "llama", "key_value_heads": 2},
+        {"family": "qwen", "precision": "bf16", "recompute": "selective", "documents": True},
+        {"family": "bloom", "micro_batch": 2},
+        {"family": "bloom", "precision": "bf16", "recompute": "full", "documents": True, "micro_batch": 2},
+        {"family": "bloom", "attention_dropout": 0.1, "dropout": 0.1},
     ],
     2: [
         {"pp": 2, "schedule": "1f1b", "dropout": 0.1},
@@ -36,6 +41,9 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"tp": 2, "sequence_parallel": False, "micro_batch": 2},
         {"dp": 2, "precision": "bf16"},
         {"dp": 2, "shard_optimizer": False, "recompute": "selective"},
+        {"pp": 2, "family": "llama", "schedule": "zero-bubble"},
+        {"pp": 2, "family": "bloom", "schedule": "interleaved"},
+        {"tp": 2, "family": "llama", "precision": "bf16"},
     ],
     4: [
         {"pp": 2, "tp": 2, "schedule": "zero-bubble", "recompute": "selective", "dropout": 0.1},
