@@ -26,7 +26,7 @@ import torch
 from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
 from megapoly.checkpoint.folders import MANIFEST, folder, prune
 from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
-from megapoly.data.files import sync_folder
+from megapoly.data.files import make_folder, sync_folder
 from megapoly.errors import CheckpointError, everywhere
 from megapoly.spec import Box, Index, Piece
 
@@ -112,7 +112,7 @@ def _prepare(root: Path, final: Path, temporary: Path, meta: dict[str, Any]) -> 
     json.dumps(meta, allow_nan=False)
     if final.exists():
         raise CheckpointError("there is a checkpoint of this step already; move it away, or go on from it")
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     for stale in root.glob(".step-*"):
         shutil.rmtree(stale)
     temporary.mkdir()

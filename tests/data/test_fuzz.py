@@ -76,9 +76,7 @@ def test_much_damage(tmp_path, kind):
     check(counts, kind)
 
 
-@pytest.mark.parametrize(
-    ("end", "how"), [("os.abort()", "SIGABRT"), ("1 / 0", "status 1\n.*ZeroDivisionError")]
-)
+@pytest.mark.parametrize(("end", "how"), [("os.abort()", "SIGABRT"), ("1 / 0", "status 1\n.*ZeroDivisionError")])
 def test_the_end_of_the_process_is_a_failure_with_its_case(tmp_path, end, how):
     program = tmp_path / "program.py"
     program.write_text(f"import os\nprint('txt 2')\nprint('txt 3', flush=True)\n{end}\n")
