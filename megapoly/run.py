@@ -24,7 +24,6 @@ from megapoly.stability import Branch, Guards
 from megapoly.stragglers import Stragglers
 from megapoly.watchdog import Standing
 
-CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 T = TypeVar("T")
 Resume = Literal["never", "always", "if-any"]
@@ -66,7 +65,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.config.train.directory / CHECKPOINTS
+        return self.config.train.directory / folders.CHECKPOINTS
 
     def save(self) -> Path:
         """Write a checkpoint; its folder. Collective."""
@@ -195,7 +194,7 @@ def plan_of_run(config: Config, datasets: Mapping[str, IndexedDataset], *, resum
     """
     if not resume:
         return _plan(config, datasets, None)
-    reader = store.Reader(state.newest(config.train.directory / CHECKPOINTS))
+    reader = store.Reader(state.newest(config.train.directory / folders.CHECKPOINTS))
     state.check_identity(reader, config)
     plan, edits = _plan(config, datasets, reader)
     sample = reader.meta["counters"]["sample"]
@@ -206,7 +205,7 @@ def plan_of_run(config: Config, datasets: Mapping[str, IndexedDataset], *, resum
 def _choose(config: Config, resume: Resume) -> Path | None:
     """The checkpoint to go on from; None begins a run."""
     folder = config.train.directory
-    checkpoints = folder / CHECKPOINTS
+    checkpoints = folder / folders.CHECKPOINTS
     whole = folders.steps(checkpoints)
     if resume == "always" or (resume == "if-any" and whole):
         return state.newest(checkpoints)

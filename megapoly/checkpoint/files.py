@@ -12,7 +12,7 @@ import mmap
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,23 @@ class TensorFile:
         start, stop = self._header[key]["data_offsets"]
         return self._data + start, self._data + stop
 
-    def damaged(self) -> list[tuple[int, int]]:
-        """Byte ranges of the blocks that are not as written."""
-        wrong = [block for block in range(len(self._crc32)) if self._crc(block) != self._crc32[block]]
-        return [(block * BLOCK, min(self.size, (block + 1) * BLOCK)) for block in wrong]
+    def damaged(self, progress: Callable[[int], object] = lambda done: None) -> list[tuple[int, int]]:
+        """Byte ranges of the blocks that are not as written; ``progress`` hears of the bytes of each block."""
+        wrong = []
+        try:
+            with open(self.path, "rb") as file:
+                for number, crc32 in enumerate(self._crc32):
+                    block = file.read(BLOCK)
+                    if zlib.crc32(block) != crc32:
+                        wrong.append((number * BLOCK, min(self.size, (number + 1) * BLOCK)))
+                    progress(len(block))
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return wrong
+
+    def release(self) -> None:
+        """Give back the map, and with it the memory that its pages take."""
+        self._bytes = None
 
     def header_damaged(self) -> bool:
         try:
@@ -137,8 +150,11 @@ class TensorFile:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                     self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
+                raise self._unreadable(error) from error
         return self._bytes
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path}: cannot be read ({error.strerror})")
 
     def _crc(self, block: int) -> int:
         return zlib.crc32(_buffer(self._map()[block * BLOCK : (block + 1) * BLOCK]))

@@ -17,6 +17,7 @@ from megapoly.data.files import sync_folder
 from megapoly.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # of a run, in its folder
 _STEP = re.compile(r"step-(\d{8,})")
 
 

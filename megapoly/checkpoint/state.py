@@ -168,6 +168,16 @@ def newest(path: Path) -> Path:
     return path if (path / folders.MANIFEST).exists() else folders.newest(path)
 
 
+def find(path: Path) -> Path:
+    """The newest whole checkpoint of a run folder or of a folder of checkpoints, or the folder itself where it is one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    checkpoints = path / folders.CHECKPOINTS
+    return newest(checkpoints if checkpoints.is_dir() else path)
+
+
 def saved_config(reader: store.Reader) -> Config:
     """The config that a checkpoint was made with."""
     try:

@@ -213,6 +213,19 @@ def _piece(row: Mapping[str, Any]) -> Piece:
     return Piece(Box(tuple(row["start"]), tuple(row["stop"])), *row["range"])
 
 
+@dataclass(frozen=True)
+class Damage:
+    """Bytes ``[start, stop)`` of a file that are not as written, and what is in them."""
+
+    file: str
+    start: int
+    stop: int
+    tensors: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file} bytes {self.start} to {self.stop} ({_some(self.tensors)})"
+
+
 class Reader:
     """A checkpoint opened for reading: any piece of any tensor, from whatever pieces are stored.
 
@@ -297,17 +310,36 @@ class Reader:
                 " Use the model that it was saved with, or another checkpoint"
             )
 
+    def pieces(self, name: str) -> int:
+        """In how many pieces a tensor is stored."""
+        return len(self._pieces[name])
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Files of tensors with their bytes."""
+        return {name: file.size for name, file in self._files.items()}
+
+    def release(self) -> None:
+        """Give back what files hold of the memory; the next read maps them anew. What was checked stays checked."""
+        for file in self._files.values():
+            file.release()
+
+    def damage(self, progress: Callable[[int], object] = lambda done: None) -> list[Damage]:
+        """Check every byte of every file, in little memory; ``progress`` hears of the bytes of each block."""
+        found = [
+            (name, file, start, stop) for name, file in self._files.items() for start, stop in file.damaged(progress)
+        ]
+        return [
+            Damage(name, start, stop, tuple(self._names_at(file, start, stop))) for name, file, start, stop in found
+        ]
+
     def verify(self) -> None:
         """Check every byte of every file.
 
         Raises:
             CheckpointError: listing the damaged blocks, with the tensors in them.
         """
-        damaged = [
-            f"{name} bytes {start} to {stop} ({_some(self._names_at(file, start, stop))})"
-            for name, file in self._files.items()
-            for start, stop in file.damaged()
-        ]
+        damaged = [str(each) for each in self.damage()]
         if damaged:
             raise CheckpointError(f"{self.path}: damaged: {_some(damaged)}; move its folder away to use the one before")
 

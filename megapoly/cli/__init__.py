@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megapoly import __version__
 from megapoly.cli.bench import bench_app
+from megapoly.cli.checkpoint import checkpoint_app
 from megapoly.cli.common import SETTINGS
 from megapoly.cli.data import data_app
 from megapoly.cli.plan import plan_app
@@ -24,7 +25,13 @@ app = typer.Typer(
     add_completion=False,
     **SETTINGS,
 )
-for name, part in (("tokenizer", tokenizer_app), ("data", data_app), ("plan", plan_app), ("bench", bench_app)):
+for name, part in (
+    ("tokenizer", tokenizer_app),
+    ("data", data_app),
+    ("plan", plan_app),
+    ("checkpoint", checkpoint_app),
+    ("bench", bench_app),
+):
     app.add_typer(part, name=name)
 
 
