@@ -27,6 +27,10 @@ from megapoly.watchdog import Standing
 CONFIG = "config.json"
 T = TypeVar("T")
 Resume = Literal["never", "always", "if-any"]
+_BOTH = (
+    "--resume goes on with a run, and --init-from begins a new one with the weights of a checkpoint; give one of them"
+    " (--resume-if-any with --init-from begins so where the run has no checkpoint yet)"
+)
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Run:
 
     Attributes:
         resumed_from: the checkpoint that this start went on from.
+        began: where a new run begins with the weights of a checkpoint, lines that say so.
         edits: where its config has another curriculum than the checkpoint, lines that say so.
         saved_step: of the newest checkpoint, -1 where there is none.
         doing: what this rank is at, for its watchdog.
@@ -49,6 +54,7 @@ class Run:
     guards: Guards
     resumed_from: Path | None
     edits: list[str] = field(default_factory=list)
+    began: list[str] = field(default_factory=list)
     branch: Branch = field(default_factory=Branch)
     counters: Counters = field(default_factory=Counters)
     saved_step: int = -1
@@ -100,7 +106,7 @@ class Run:
             self.engine.scaler.restore(saved["scaler"])
 
 
-def prepare(config: Config, context: ParallelContext, resume: Resume = "never") -> Run:
+def prepare(config: Config, context: ParallelContext, resume: Resume = "never", init_from: Path | None = None) -> Run:
     """A run that is ready to train, new or from its newest whole checkpoint.
 
     Collective. An error on some ranks is raised on all, so that none is left waiting.
@@ -108,13 +114,20 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never") 
     Args:
         resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint
             where there is one and else begins: for jobs that are queued or restarted by themselves.
+        init_from: a checkpoint, run folder or folder of checkpoints, whose weights a new run begins with.
     """
+    if resume == "always" and init_from is not None:
+        raise everywhere(ConfigError(_BOTH))
     control = context.control
     agree(context, lambda: _check_same(config, context))
     # Rank 0 alone looks into the folder: what another rank sees of a network file system may be older.
     path = agree(context, lambda: _choose(config, resume) if context.rank == 0 else None)
     path = comm.broadcast_object(path, control)
-    run = agree(context, lambda: _prepare(config, context, path))
+    first = None
+    if path is None and init_from is not None:
+        first = agree(context, lambda: state.find(init_from) if context.rank == 0 else None)
+        first = comm.broadcast_object(first, control)
+    run = agree(context, lambda: _prepare(config, context, path, first))
     if path is None or run.edits:
         agree(context, lambda: _write_config(config) if context.rank == 0 else None)
     return run
@@ -148,8 +161,8 @@ def _check_same(config: Config, context: ParallelContext) -> None:
         raise ConfigError("the ranks were started with different configs:\n" + "\n".join(lines))
 
 
-def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run:
-    """Open data, build the engine, and take the run's state from a checkpoint or from the seed."""
+def _prepare(config: Config, context: ParallelContext, path: Path | None, first: Path | None) -> Run:
+    """Open data, build the engine, and take the run's state from a checkpoint, its weights from one, or the seed's."""
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocabulary > config.model.vocabulary:
         raise ConfigError(
@@ -161,10 +174,16 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run
     if reader is not None:
         state.check_identity(reader, config)
         state.check_tokenizer(reader, tokenizer)
+    initial = None if first is None else store.Reader(first)
+    if initial is not None:
+        state.check_tokenizer(initial, tokenizer)
     plan, edits = _plan(config, datasets, reader)
     engine = Engine(config, context)
     run = Run(config, context, engine, plan, datasets, tokenizer, Guards(config.stability), path, edits)
-    if reader is None:
+    if initial is not None:
+        state.load_initial(initial, config, engine.optimizer)
+        run.began = [f"begins with the weights of {initial.path}", *state.model_differences(initial, config)]
+    elif reader is None:
         engine.initialise()
     else:
         run.restore(reader)

@@ -65,6 +65,8 @@ def _announce(run: Run, recorder: Recorder) -> None:
     if run.resumed_from is not None:
         branch = f" of branch {run.branch.number}" if run.branch.number else ""
         recorder.note(f"goes on from {run.resumed_from.name}{branch} at step {counters.step}, sample {counters.sample}")
+    if run.began:
+        recorder.note("\n".join(run.began))
     if run.edits:
         recorder.note(f"from sample {counters.sample} on with an edited curriculum:\n" + "\n".join(run.edits))
     recorder.start(counters.step, counters.sample, counters.tokens, str(run.resumed_from) if run.resumed_from else None)

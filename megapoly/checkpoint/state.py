@@ -23,7 +23,7 @@ from megapoly.optim.adam import AdamW
 from megapoly.optim.buffers import Part
 from megapoly.spec import Piece
 
-WEIGHTS = "weights"
+WEIGHTS, MASTER = "weights", "adam.master"
 _SHARED_SIZE = 1 << 18  # elements from which on a tensor is shared out over dp
 
 
@@ -109,17 +109,47 @@ def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
     return Counters(**reader.meta["counters"])
 
 
+def load_initial(reader: store.Reader, config: Config, optimizer: AdamW) -> None:
+    """Fill the weights alone, for a new run: of any layout, any precision, and any run of the same model.
+
+    Where the checkpoint has master weights, its weights are those, rounded; so they are taken from the master weights.
+
+    Raises:
+        CheckpointError: tensors that are missing, unexpected, misshapen, damaged, or not finite in the run's precision.
+    """
+    kind = MASTER if any(name.startswith(f"{MASTER}/") for name in reader.tensors) else WEIGHTS
+    shapes = logical_shapes(config.model)
+    reader.expect({f"{kind}/{name}": shape for name, shape in shapes.items()}, among=f"{kind}/")
+    optimizer.buffers.settle()
+    for parameter in optimizer.buffers.parameters:
+        _read_weights(reader, parameter, kind)
+        if not parameter.isfinite().all():
+            raise CheckpointError(
+                f"{reader.path}: tensor {kind}/{spec_of(parameter).name} has elements that are not finite in"
+                f" {parameter.dtype}; take another checkpoint, or another train.precision"
+            )
+    for name, part, flat in _tensors(optimizer):
+        if name == MASTER:
+            reader.read(f"{kind}/{part.spec.name}", part.piece, flat)
+
+
+def model_differences(reader: store.Reader, config: Config) -> list[str]:
+    """Keys of the model in which a checkpoint's run differs from ``config``, a line for each."""
+    found, wanted = ({"model": each.document()["model"]} for each in (saved_config(reader), config))
+    return differences(found, wanted, "the checkpoint", "the config")
+
+
 def load_weights(reader: store.Reader, stage: DecoderStage) -> None:
     """Fill just the weights of ``stage``. Any layout, any precision."""
     for parameter in stage.parameters():
         _read_weights(reader, parameter)
 
 
-def _read_weights(reader: store.Reader, parameter: Tensor) -> None:
+def _read_weights(reader: store.Reader, parameter: Tensor, kind: str = WEIGHTS) -> None:
     spec = spec_of(parameter)
     with torch.no_grad():
         parameter.zero_()
-        reader.read(f"{WEIGHTS}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
+        reader.read(f"{kind}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
 
 
 def check_identity(reader: store.Reader, config: Config) -> None:

@@ -289,14 +289,14 @@ class Reader:
                 " are stored nowhere; it is damaged, move its folder away to use the one before"
             )
 
-    def expect(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check that the checkpoint holds exactly these tensors.
+    def expect(self, shapes: Mapping[str, Sequence[int]], among: str = "") -> None:
+        """Check that the checkpoint holds exactly these tensors, of those whose names begin with ``among``.
 
         Raises:
             CheckpointError: listing by name what is missing, unexpected, or of another shape.
         """
         missing = [name for name in shapes if name not in self.tensors]
-        unexpected = [name for name in self.tensors if name not in shapes]
+        unexpected = [name for name in self.tensors if name.startswith(among) and name not in shapes]
         other = [
             f"{name} {list(self.tensors[name][0])}, expected {list(shape)}"
             for name, shape in shapes.items()
