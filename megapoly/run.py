@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from megapoly import comm
 from megapoly.checkpoint import folders, state, store
+from megapoly.checkpoint.background import Writer
 from megapoly.checkpoint.state import Counters
 from megapoly.config import Config
 from megapoly.context import ParallelContext
@@ -42,6 +44,7 @@ class Run:
         began: where a new run begins with the weights of a checkpoint, lines that say so.
         edits: where its config has another curriculum than the checkpoint, lines that say so.
         saved_step: of the newest checkpoint, -1 where there is none.
+        writer: of checkpoints in the background, where the config asks for it.
         doing: what this rank is at, for its watchdog.
     """
 
@@ -58,6 +61,7 @@ class Run:
     branch: Branch = field(default_factory=Branch)
     counters: Counters = field(default_factory=Counters)
     saved_step: int = -1
+    writer: Writer | None = None
     doing: str = "starting up"
     stragglers: Stragglers = field(init=False)
 
@@ -74,7 +78,11 @@ class Run:
         return self.config.train.directory / folders.CHECKPOINTS
 
     def save(self) -> Path:
-        """Write a checkpoint; its folder. Collective."""
+        """Write a checkpoint, or begin to; its folder. Collective.
+
+        Raises:
+            CheckpointError: on every rank: it could not be written, or the one before that was written meanwhile.
+        """
         scaler = self.engine.scaler
         path = state.save(
             self.checkpoints,
@@ -90,9 +98,18 @@ class Run:
                 "branch": self.branch.state(),
             },
             keep_before=self.guards.high_since,
+            writer=self.writer,
         )
         self.saved_step = self.counters.step
         return path
+
+    def settle(self) -> Path | None:
+        """Wait for the checkpoint that is being written in the background; its folder, or None. Collective.
+
+        Raises:
+            CheckpointError: on every rank: it could not be written.
+        """
+        return None if self.writer is None else self.writer.wait()
 
     def restore(self, reader: store.Reader) -> None:
         """Take weights, optimizer, counters and guards, but neither plan nor branch, from a checkpoint of this run."""
@@ -128,6 +145,9 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never", 
         first = agree(context, lambda: state.find(init_from) if context.rank == 0 else None)
         first = comm.broadcast_object(first, control)
     run = agree(context, lambda: _prepare(config, context, path, first))
+    if config.checkpoint.background:
+        timeout = datetime.timedelta(seconds=config.layout.timeout_seconds)
+        run.writer = Writer(context.another_control("saving", timeout))
     if path is None or run.edits:
         agree(context, lambda: _write_config(config) if context.rank == 0 else None)
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megapoly import comm
 from megapoly.checkpoint import folders, store
+from megapoly.checkpoint.background import Writer
 from megapoly.config import Config, Model
 from megapoly.context import ParallelContext
 from megapoly.data.plan import Plan
@@ -53,8 +54,11 @@ def save(
     tokenizer: str,
     guards: Mapping[str, Any],
     keep_before: int | None = None,
+    writer: Writer | None = None,
 ) -> Path:
     """Write a checkpoint together with all ranks and return its folder.
+
+    With a ``writer`` it is only copied when this returns, and an error is raised by :meth:`Writer.wait`.
 
     All ranks write: what is not sharded over dp is shared out. ``tokenizer`` is its SHA-256. ``guards``, plain values
     that decide about skipped steps and rollbacks, are kept as they are, in ``meta["guards"]``. Beside
@@ -63,7 +67,6 @@ def save(
     Raises:
         CheckpointError: on every rank, if any could not write; see :func:`megapoly.checkpoint.store.save`.
     """
-    control = context.control
     optimizer.buffers.settle()  # so that nothing is under way when a run ends here
     meta = {
         "config": config.document(),
@@ -74,18 +77,27 @@ def save(
         "guards": guards,
         "layout": str(context.mesh),
     }
-    return store.save(
-        root,
-        counters.step,
-        _entries(optimizer, context),
-        meta,
-        rank=control.rank,
-        size=control.size,
-        gather=lambda value: comm.gather_objects(value, control),
-        broadcast=lambda value: comm.broadcast_object(value, control),
-        keep=config.checkpoint.keep,
-        keep_before=keep_before,
-    )
+    axis = context.control if writer is None else writer.axis
+
+    def write(entries: Iterable[store.Entry]) -> Path:
+        return store.save(
+            root,
+            counters.step,
+            entries,
+            meta,
+            rank=axis.rank,
+            size=axis.size,
+            gather=lambda value: comm.gather_objects(value, axis),
+            broadcast=lambda value: comm.broadcast_object(value, axis),
+            keep=config.checkpoint.keep,
+            keep_before=keep_before,
+            keep_every=config.checkpoint.keep_every,
+        )
+
+    if writer is None:
+        return write(_entries(optimizer, context))
+    writer.write(_entries(optimizer, context), write)
+    return folders.folder(root, counters.step)
 
 
 def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:

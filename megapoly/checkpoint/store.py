@@ -55,6 +55,7 @@ def save(
     broadcast: Callable[[Any], Any] | None = None,
     keep: int | None = None,
     keep_before: int | None = None,
+    keep_every: int | None = None,
 ) -> Path:
     """Write one checkpoint, together with the other ranks; return its folder.
 
@@ -66,6 +67,7 @@ def save(
         broadcast: gives every rank rank 0's object. Needed where ``size`` > 1.
         keep: how many checkpoints up to this step to keep; older ones are removed. None keeps all.
         keep_before: the newest checkpoint from before this step is kept too.
+        keep_every: those of steps that are a multiple of this are kept too.
 
     Raises:
         CheckpointError: on every rank, if any rank failed. The earlier checkpoints are then as they were.
@@ -91,7 +93,7 @@ def save(
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
             elif keep is not None:
-                prune(root, step, keep, keep_before)
+                prune(root, step, keep, keep_before, keep_every)
         problem = tell(problem)
     if problem is None:
         return final

@@ -1,5 +1,7 @@
 """``python injection.py JSON``: saves by two ranks that are killed, or whose disk fills up, at random points.
 
+Half of them are written in the background.
+
 In a process of its own, which imports once and forks a process for every rank of every save. After each the newest
 checkpoint has to be whole, with the values of its step, and the next save has to work. Prints, as JSON, what became of
 every save. In a mount namespace of its own (``unshare -Urm``) the disk that fills up is a tmpfs; elsewhere a limit on
@@ -23,8 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megapoly.checkpoint.background import Writer
 from megapoly.checkpoint.folders import folder, newest, steps
 from megapoly.checkpoint.store import Entry, Reader, save
+from megapoly.context import ALONE
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 
@@ -47,7 +51,7 @@ def entries(step, rank):
         yield Entry(name, shape, Piece.of(box), values[start:stop].reshape(-1))
 
 
-def work(root, step, rank, links, file_size):
+def work(root, step, rank, links, file_size, background):
     """One rank's save; its exit code. ``links``: rank 0's pipes to the others, or the pipe of another to rank 0."""
 
     def gather(value):
@@ -63,10 +67,20 @@ def work(root, step, rank, links, file_size):
             link.send(value)
         return value
 
+    def write(given):
+        return save(root, step, given, {}, rank=rank, size=RANKS, gather=gather, broadcast=broadcast, keep=2)
+
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     try:
-        save(root, step, entries(step, rank), {}, rank=rank, size=RANKS, gather=gather, broadcast=broadcast, keep=2)
+        if not background:
+            write(entries(step, rank))
+        else:
+            state, writer = list(entries(step, rank)), Writer(ALONE)
+            writer.write(state, write)
+            for entry in state:  # training goes on
+                entry.data.fill_(-1)
+            writer.wait()
     except CheckpointError as error:
         return NOT_SAVED if any(text in str(error) for text in ("Errno 28", "Errno 27")) else 1
     except (EOFError, ConnectionError):
@@ -74,7 +88,7 @@ def work(root, step, rank, links, file_size):
     return 0
 
 
-def start(root, step, file_size=None):
+def start(root, step, file_size=None, background=False):
     """Processes of a save of every rank; their ids."""
     pipes = [multiprocessing.Pipe() for _ in range(RANKS - 1)]
     pids = []
@@ -86,7 +100,7 @@ def start(root, step, file_size=None):
                 mine = [end for end, _ in pipes] if rank == 0 else [pipes[rank - 1][1]]
                 for end in (end for pipe in pipes for end in pipe if end not in mine):
                     end.close()
-                code = work(root, step, rank, mine, file_size)
+                code = work(root, step, rank, mine, file_size, background)
             finally:
                 os._exit(code)
         pids.append(child)
@@ -131,7 +145,8 @@ def kills(root, count, draw):
     assert ends(start(root, 1)) == [0] * RANKS
     usual, step = time.monotonic() - begun, check(root, 0, saved=True)
     while count:
-        pids = start(root, step + 1)
+        background = draw.random() < 0.5
+        pids = start(root, step + 1, background=background)
         victims = draw.choice([pids, [draw.choice(pids)]])
         time.sleep(draw.uniform(0, usual))
         for pid in victims:
@@ -143,7 +158,7 @@ def kills(root, count, draw):
         now = check(root, step, saved=not killed)
         if killed:  # else the save was done before
             count -= 1
-            yield {"killed": killed, "new": now > step, "half": left}
+            yield {"killed": killed, "new": now > step, "half": left, "background": background}
         step = now
 
 
@@ -154,14 +169,15 @@ def full_disks(root, count, draw, fill):
     step = check(root, 0, saved=True)
     files = [path.stat().st_size for path in newest(root).iterdir()]
     while count:
-        codes = ends(start(root, step + 1, fill(draw, files)))
+        background = draw.random() < 0.5
+        codes = ends(start(root, step + 1, fill(draw, files), background))
         assert codes in ([0] * RANKS, [NOT_SAVED] * RANKS), codes
         now = check(root, step, saved=codes[0] == 0)
         if codes[0]:
             assert now == step
             assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
             count -= 1
-            yield {"new": False}
+            yield {"background": background}
             fill(None, 0)
             assert ends(start(root, step + 1)) == [0] * RANKS
             now = check(root, step, saved=True)

@@ -35,7 +35,8 @@ def inject(folder, count, seed):
 
 
 def test_killed_and_on_a_full_disk_at_random_points(tmp_path):
-    inject(tmp_path, 10, seed=1)
+    found = inject(tmp_path, 10, seed=1)
+    assert all({each["background"] for each in rounds} == {True, False} for rounds in found.values())
 
 
 @pytest.mark.long
