@@ -22,6 +22,7 @@ from megapoly.errors import CheckpointError
 from megapoly.spec import Box
 
 BLOCK = 1 << 20
+_EARLY = 16 << 20  # bytes
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -43,11 +44,15 @@ def write_tensors(path: Path, header: dict[str, Any], tensors: Sequence[torch.Te
 
 
 class BlockFile:
-    """A new file, written front to back, synced when closed; keeps the CRC-32 of every block."""
+    """A new file, written front to back, synced when closed; keeps the CRC-32 of every block.
+
+    The disk begins with what is written long before it is synced, and works while the rest is checksummed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.bytes = 0
         self.crc32: list[int] = []
+        self._begun = 0
         self._file = open(path, "xb")  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> BlockFile:
@@ -68,6 +73,11 @@ class BlockFile:
             self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
             self._file.write(part)
             self.bytes += len(part)
+            if self.bytes - self._begun >= _EARLY and hasattr(os, "posix_fadvise"):  # not on macOS
+                self._file.flush()
+                # Linux begins to write such bytes, and does not wait; only those that are on the disk leave its cache.
+                os.posix_fadvise(self._file.fileno(), self._begun, self.bytes - self._begun, os.POSIX_FADV_DONTNEED)
+                self._begun = self.bytes
 
 
 class TensorFile:
