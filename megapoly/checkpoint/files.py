@@ -23,6 +23,7 @@ from megapoly.spec import Box
 
 BLOCK = 1 << 20
 _EARLY = 16 << 20  # bytes
+_AHEAD = 16  # blocks
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -88,6 +89,7 @@ class TensorFile:
         self._crc32 = crc32
         self._checked = bytearray(len(crc32))
         self._bytes: torch.Tensor | None = None
+        self._mapped: mmap.mmap | None = None
         self._header: dict[str, Any] = {}
         self._data = 0
 
@@ -135,7 +137,7 @@ class TensorFile:
 
     def release(self) -> None:
         """Give back the map, and with it the memory that its pages take."""
-        self._bytes = None
+        self._bytes = self._mapped = None
 
     def header_damaged(self) -> bool:
         try:
@@ -157,8 +159,8 @@ class TensorFile:
             try:
                 with open(self.path, "rb") as file, warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns that the map is read-only, as it should be
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                    self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+                    self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                    self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
             except OSError as error:
                 raise self._unreadable(error) from error
         return self._bytes
@@ -169,10 +171,19 @@ class TensorFile:
     def _crc(self, block: int) -> int:
         return zlib.crc32(_buffer(self._map()[block * BLOCK : (block + 1) * BLOCK]))
 
+    def _read_ahead(self, start: int, stop: int) -> None:
+        """Have the disk bring the next blocks of a range while the first are checksummed."""
+        self._map()
+        size = min(2 * _AHEAD * BLOCK, stop - start)
+        if self._mapped is not None and size > BLOCK and start % mmap.PAGESIZE == 0 and hasattr(mmap, "MADV_WILLNEED"):
+            self._mapped.madvise(mmap.MADV_WILLNEED, start, size)
+
     def _check(self, start: int, stop: int, name: str) -> None:
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             if self._checked[block]:
                 continue
+            if block % _AHEAD == 0 or block == start // BLOCK:
+                self._read_ahead(block * BLOCK, stop)
             found = self._crc(block)
             if found != self._crc32[block]:
                 raise CheckpointError(
