@@ -15,7 +15,15 @@ def check(config: Schema) -> None:
     Raises:
         ConfigError: the first that does not.
     """
-    for each in (_check_model, _check_layout, _check_data, _check_schedule, check_batch, _check_stability):
+    for each in (
+        _check_model,
+        _check_layout,
+        _check_data,
+        _check_schedule,
+        check_batch,
+        _check_stability,
+        _check_checkpoint,
+    ):
         each(config)
 
 
@@ -257,6 +265,15 @@ def _check_stability(config: Schema) -> None:
             f" kept, {checkpoint.every_steps} steps apart, reach back: none could be from before a spike; raise"
             f" checkpoint.keep to {2 + (stability.spike_steps - 2) // checkpoint.every_steps}, or"
             " checkpoint.every_steps"
+        )
+
+
+def _check_checkpoint(config: Schema) -> None:
+    every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if kept is not None and kept % every:
+        raise ConfigError(
+            f"checkpoint.keep_every {kept} is not a multiple of checkpoint.every_steps {every}, so that most of the"
+            f" steps to keep have no checkpoint; set it to {max(1, round(kept / every)) * every}"
         )
 
 

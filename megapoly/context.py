@@ -111,6 +111,13 @@ class ParallelContext:
             control=axis("control", [tuple(range(mesh.world_size))], backend="gloo" if mesh.world_size > 1 else None),
         )
 
+    def another_control(self, name: str, timeout: datetime.timedelta) -> Axis:
+        """A further CPU group over all ranks, for a thread of its own. Collective."""
+        if self.mesh.world_size == 1:
+            return Axis(name, (self.rank,))
+        ranks = tuple(range(self.mesh.world_size))
+        return Axis(name, ranks, self.rank, dist.new_group(list(ranks), timeout=timeout, backend="gloo"))
+
     def close(self) -> None:
         """Give back the groups and their threads. Collective."""
         for group in {id(axis.group): axis.group for axis in self.axes() if axis.group is not None}.values():

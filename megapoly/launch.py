@@ -229,7 +229,12 @@ def joined(path: Path, overrides: list[str]) -> Iterator[tuple[Config, ParallelC
 
 
 def run_training(
-    path: Path, overrides: list[str], resume: Resume, stop_step: int | None, profile: str | None = None
+    path: Path,
+    overrides: list[str],
+    resume: Resume,
+    stop_step: int | None,
+    profile: str | None = None,
+    init_from: Path | None = None,
 ) -> int:
     """``megapoly train``; the exit code. An error that all ranks share is said once on each machine.
 
@@ -252,7 +257,7 @@ def run_training(
         store = _fresh_store() if size > 1 else dist.HashStore()
         watchdog = _watchdog(config, rank, store)
         with watchdog, parallel(config.mesh, rank, device, store, timeout) as context, _listening(stop):
-            run = prepare(config, context, resume)
+            run = prepare(config, context, resume, init_from)
             watchdog.watch(run.standing)
             train(run, console, stop_step=stop_step, stopping=lambda: stop.asked, profile=profiled)
     except MegapolyError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from megapoly import comm
 from megapoly.checkpoint import folders, state, store
+from megapoly.checkpoint.background import Writer
 from megapoly.checkpoint.state import Counters
 from megapoly.config import Config
 from megapoly.context import ParallelContext
@@ -25,10 +27,13 @@ from megapoly.stability import Branch, Guards
 from megapoly.stragglers import Stragglers
 from megapoly.watchdog import Standing
 
-CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 T = TypeVar("T")
 Resume = Literal["never", "always", "if-any"]
+_BOTH = (
+    "--resume goes on with a run, and --init-from begins a new one with the weights of a checkpoint; give one of them"
+    " (--resume-if-any with --init-from begins so where the run has no checkpoint yet)"
+)
 
 
 @dataclass
@@ -37,8 +42,10 @@ class Run:
 
     Attributes:
         resumed_from: the checkpoint that this start went on from.
+        began: where a new run begins with the weights of a checkpoint, lines that say so.
         edits: where its config has another curriculum than the checkpoint, lines that say so.
         saved_step: of the newest checkpoint, -1 where there is none.
+        writer: of checkpoints in the background, where the config asks for it.
         doing: what this rank is at, for its watchdog.
     """
 
@@ -51,9 +58,11 @@ class Run:
     guards: Guards
     resumed_from: Path | None
     edits: list[str] = field(default_factory=list)
+    began: list[str] = field(default_factory=list)
     branch: Branch = field(default_factory=Branch)
     counters: Counters = field(default_factory=Counters)
     saved_step: int = -1
+    writer: Writer | None = None
     doing: str = "starting up"
     stragglers: Stragglers = field(init=False)
 
@@ -67,10 +76,14 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.config.train.directory / CHECKPOINTS
+        return self.config.train.directory / folders.CHECKPOINTS
 
     def save(self) -> Path:
-        """Write a checkpoint; its folder. Collective."""
+        """Write a checkpoint, or begin to; its folder. Collective.
+
+        Raises:
+            CheckpointError: on every rank: it could not be written, or the one before that was written meanwhile.
+        """
         scaler = self.engine.scaler
         path = state.save(
             self.checkpoints,
@@ -86,9 +99,18 @@ class Run:
                 "branch": self.branch.state(),
             },
             keep_before=self.guards.high_since,
+            writer=self.writer,
         )
         self.saved_step = self.counters.step
         return path
+
+    def settle(self) -> Path | None:
+        """Wait for the checkpoint that is being written in the background; its folder, or None. Collective.
+
+        Raises:
+            CheckpointError: on every rank: it could not be written.
+        """
+        return None if self.writer is None else self.writer.wait()
 
     def restore(self, reader: store.Reader) -> None:
         """Take weights, optimizer, counters and guards, but neither plan nor branch, from a checkpoint of this run."""
@@ -102,7 +124,7 @@ class Run:
             self.engine.scaler.restore(saved["scaler"])
 
 
-def prepare(config: Config, context: ParallelContext, resume: Resume = "never") -> Run:
+def prepare(config: Config, context: ParallelContext, resume: Resume = "never", init_from: Path | None = None) -> Run:
     """A run that is ready to train, new or from its newest whole checkpoint.
 
     Collective. An error on some ranks is raised on all, so that none is left waiting.
@@ -110,13 +132,23 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never") 
     Args:
         resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint
             where there is one and else begins: for jobs that are queued or restarted by themselves.
+        init_from: a checkpoint, run folder or folder of checkpoints, whose weights a new run begins with.
     """
+    if resume == "always" and init_from is not None:
+        raise everywhere(ConfigError(_BOTH))
     control = context.control
     agree(context, lambda: _check_same(config, context))
     # Rank 0 alone looks into the folder: what another rank sees of a network file system may be older.
     path = agree(context, lambda: _choose(config, resume) if context.rank == 0 else None)
     path = comm.broadcast_object(path, control)
-    run = agree(context, lambda: _prepare(config, context, path))
+    first = None
+    if path is None and init_from is not None:
+        first = agree(context, lambda: state.find(init_from) if context.rank == 0 else None)
+        first = comm.broadcast_object(first, control)
+    run = agree(context, lambda: _prepare(config, context, path, first))
+    if config.checkpoint.background:
+        timeout = datetime.timedelta(seconds=config.layout.timeout_seconds)
+        run.writer = Writer(context.another_control("saving", timeout))
     if path is None or run.edits:
         agree(context, lambda: _write_config(config) if context.rank == 0 else None)
     return run
@@ -150,17 +182,23 @@ def _check_same(config: Config, context: ParallelContext) -> None:
         raise ConfigError("the ranks were started with different configs:\n" + "\n".join(lines))
 
 
-def _prepare(config: Config, context: ParallelContext, path: Path | None) -> Run:
-    """Open data, build the engine, and take the run's state from a checkpoint or from the seed."""
+def _prepare(config: Config, context: ParallelContext, path: Path | None, first: Path | None) -> Run:
+    """Open data, build the engine, and take the run's state from a checkpoint, its weights from one, or the seed's."""
     tokenizer, datasets = open_data(config)
     reader = None if path is None else store.Reader(path)
     if reader is not None:
         state.check_identity(reader, config)
         state.check_tokenizer(reader, tokenizer)
+    initial = None if first is None else store.Reader(first)
+    if initial is not None:
+        state.check_tokenizer(initial, tokenizer)
     plan, edits = _plan(config, datasets, reader)
     engine = Engine(config, context)
     run = Run(config, context, engine, plan, datasets, tokenizer, Guards(config.stability), path, edits)
-    if reader is None:
+    if initial is not None:
+        state.load_initial(initial, config, engine.optimizer)
+        run.began = [f"begins with the weights of {initial.path}", *state.model_differences(initial, config)]
+    elif reader is None:
         engine.initialise()
     else:
         run.restore(reader)
@@ -223,7 +261,7 @@ def plan_of_run(config: Config, datasets: Mapping[str, IndexedDataset], *, resum
     """
     if not resume:
         return _plan(config, datasets, None)
-    reader = store.Reader(state.newest(config.train.directory / CHECKPOINTS))
+    reader = store.Reader(state.newest(config.train.directory / folders.CHECKPOINTS))
     state.check_identity(reader, config)
     plan, edits = _plan(config, datasets, reader)
     sample = reader.meta["counters"]["sample"]
@@ -234,7 +272,7 @@ def plan_of_run(config: Config, datasets: Mapping[str, IndexedDataset], *, resum
 def _choose(config: Config, resume: Resume) -> Path | None:
     """The checkpoint to go on from; None begins a run."""
     folder = config.train.directory
-    checkpoints = folder / CHECKPOINTS
+    checkpoints = folder / folders.CHECKPOINTS
     whole = folders.steps(checkpoints)
     if resume == "always" or (resume == "if-any" and whole):
         return state.newest(checkpoints)

@@ -67,6 +67,8 @@ def _announce(run: Run, recorder: Recorder) -> None:
     if run.resumed_from is not None:
         branch = f" of branch {run.branch.number}" if run.branch.number else ""
         recorder.note(f"goes on from {run.resumed_from.name}{branch} at step {counters.step}, sample {counters.sample}")
+    if run.began:
+        recorder.note("\n".join(run.began))
     if run.edits:
         recorder.note(f"from sample {counters.sample} on with an edited curriculum:\n" + "\n".join(run.edits))
     recorder.start(counters.step, counters.sample, counters.tokens, str(run.resumed_from) if run.resumed_from else None)
@@ -107,6 +109,7 @@ def _loop(run: Run, recorder: Recorder, profiler: Profiler, last_step: int, stop
         _roll_back(run, recorder, spike)
     if run.saved_step != run.counters.step:
         _save(run, recorder)
+    _settle(run, recorder)
 
 
 def _steps(
@@ -200,9 +203,19 @@ def _validate(run: Run, recorder: Recorder, at: str) -> None:
 
 
 def _save(run: Run, recorder: Recorder) -> None:
+    _settle(run, recorder)
     run.doing = f"saving the checkpoint of step {run.counters.step}"
     path = run.save()
-    recorder.note(f"saved {path.parent.name}/{path.name}")
+    if run.writer is None:
+        recorder.note(f"saved {path.parent.name}/{path.name}")
+
+
+def _settle(run: Run, recorder: Recorder) -> None:
+    """Wait for the checkpoint that is being written in the background, where there is one."""
+    run.doing = "waiting for the checkpoint that is being written"
+    path = run.settle()
+    if path is not None:
+        recorder.note(f"saved {path.parent.name}/{path.name} in the background")
 
 
 def _roll_back(run: Run, recorder: Recorder, spike: Spike) -> None:
@@ -213,6 +226,7 @@ def _roll_back(run: Run, recorder: Recorder, spike: Spike) -> None:
     Raises:
         TrainingError: there is no such checkpoint, or the run has rolled back as often as it may.
     """
+    _settle(run, recorder)
     context, left = run.context, run.counters
     run.doing = f"rolling back from step {left.step}"
     path = agree(context, lambda: _before(run, spike) if context.rank == 0 else None)

@@ -12,7 +12,7 @@ import mmap
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from megapoly.errors import CheckpointError
 from megapoly.spec import Box
 
 BLOCK = 1 << 20
+_EARLY = 16 << 20  # bytes
+_AHEAD = 16  # blocks
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -43,11 +45,15 @@ def write_tensors(path: Path, header: dict[str, Any], tensors: Sequence[torch.Te
 
 
 class BlockFile:
-    """A new file, written front to back, synced when closed; keeps the CRC-32 of every block."""
+    """A new file, written front to back, synced when closed; keeps the CRC-32 of every block.
+
+    The disk begins with what is written long before it is synced, and works while the rest is checksummed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.bytes = 0
         self.crc32: list[int] = []
+        self._begun = 0
         self._file = open(path, "xb")  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> BlockFile:
@@ -68,6 +74,11 @@ class BlockFile:
             self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
             self._file.write(part)
             self.bytes += len(part)
+            if self.bytes - self._begun >= _EARLY and hasattr(os, "posix_fadvise"):  # not on macOS
+                self._file.flush()
+                # Linux begins to write such bytes, and does not wait; only those that are on the disk leave its cache.
+                os.posix_fadvise(self._file.fileno(), self._begun, self.bytes - self._begun, os.POSIX_FADV_DONTNEED)
+                self._begun = self.bytes
 
 
 class TensorFile:
@@ -78,6 +89,7 @@ class TensorFile:
         self._crc32 = crc32
         self._checked = bytearray(len(crc32))
         self._bytes: torch.Tensor | None = None
+        self._mapped: mmap.mmap | None = None
         self._header: dict[str, Any] = {}
         self._data = 0
 
@@ -109,10 +121,23 @@ class TensorFile:
         start, stop = self._header[key]["data_offsets"]
         return self._data + start, self._data + stop
 
-    def damaged(self) -> list[tuple[int, int]]:
-        """Byte ranges of the blocks that are not as written."""
-        wrong = [block for block in range(len(self._crc32)) if self._crc(block) != self._crc32[block]]
-        return [(block * BLOCK, min(self.size, (block + 1) * BLOCK)) for block in wrong]
+    def damaged(self, progress: Callable[[int], object] = lambda done: None) -> list[tuple[int, int]]:
+        """Byte ranges of the blocks that are not as written; ``progress`` hears of the bytes of each block."""
+        wrong = []
+        try:
+            with open(self.path, "rb") as file:
+                for number, crc32 in enumerate(self._crc32):
+                    block = file.read(BLOCK)
+                    if zlib.crc32(block) != crc32:
+                        wrong.append((number * BLOCK, min(self.size, (number + 1) * BLOCK)))
+                    progress(len(block))
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return wrong
+
+    def release(self) -> None:
+        """Give back the map, and with it the memory that its pages take."""
+        self._bytes = self._mapped = None
 
     def header_damaged(self) -> bool:
         try:
@@ -134,19 +159,31 @@ class TensorFile:
             try:
                 with open(self.path, "rb") as file, warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns that the map is read-only, as it should be
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                    self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+                    self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                    self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
+                raise self._unreadable(error) from error
         return self._bytes
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path}: cannot be read ({error.strerror})")
 
     def _crc(self, block: int) -> int:
         return zlib.crc32(_buffer(self._map()[block * BLOCK : (block + 1) * BLOCK]))
+
+    def _read_ahead(self, start: int, stop: int) -> None:
+        """Have the disk bring the next blocks of a range while the first are checksummed."""
+        self._map()
+        size = min(2 * _AHEAD * BLOCK, stop - start)
+        if self._mapped is not None and size > BLOCK and start % mmap.PAGESIZE == 0 and hasattr(mmap, "MADV_WILLNEED"):
+            self._mapped.madvise(mmap.MADV_WILLNEED, start, size)
 
     def _check(self, start: int, stop: int, name: str) -> None:
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             if self._checked[block]:
                 continue
+            if block % _AHEAD == 0 or block == start // BLOCK:
+                self._read_ahead(block * BLOCK, stop)
             found = self._crc(block)
             if found != self._crc32[block]:
                 raise CheckpointError(

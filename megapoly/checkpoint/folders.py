@@ -17,6 +17,7 @@ from megapoly.data.files import sync_folder
 from megapoly.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # of a run, in its folder
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -41,10 +42,13 @@ def newest(root: Path) -> Path:
     return folder(root, found[-1])
 
 
-def prune(root: Path, step: int, keep: int, keep_before: int | None) -> None:
-    """Remove the checkpoints up to ``step`` but the last ``keep``, and the newest from before ``keep_before``."""
+def prune(root: Path, step: int, keep: int, keep_before: int | None = None, keep_every: int | None = None) -> None:
+    """Remove the checkpoints up to ``step`` but the last ``keep``, the newest from before ``keep_before``, and those of
+    multiples of ``keep_every``."""
     found = [each for each in steps(root) if each <= step]
     kept = {*found[-keep:], *[each for each in found if keep_before is not None and each < keep_before][-1:]}
+    if keep_every is not None:
+        kept |= {each for each in found if each % keep_every == 0}
     for old in found:
         if old not in kept:
             _remove(folder(root, old))

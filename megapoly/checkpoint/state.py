@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megapoly import comm
 from megapoly.checkpoint import folders, store
+from megapoly.checkpoint.background import Writer
 from megapoly.config import Config, Model
 from megapoly.context import ParallelContext
 from megapoly.data.plan import Plan
@@ -23,7 +24,7 @@ from megapoly.optim.adam import AdamW
 from megapoly.optim.buffers import Part
 from megapoly.spec import Piece
 
-WEIGHTS = "weights"
+WEIGHTS, MASTER = "weights", "adam.master"
 _SHARED_SIZE = 1 << 18  # elements from which on a tensor is shared out over dp
 
 
@@ -53,8 +54,11 @@ def save(
     tokenizer: str,
     guards: Mapping[str, Any],
     keep_before: int | None = None,
+    writer: Writer | None = None,
 ) -> Path:
     """Write a checkpoint together with all ranks and return its folder.
+
+    With a ``writer`` it is only copied when this returns, and an error is raised by :meth:`Writer.wait`.
 
     All ranks write: what is not sharded over dp is shared out. ``tokenizer`` is its SHA-256. ``guards``, plain values
     that decide about skipped steps and rollbacks, are kept as they are, in ``meta["guards"]``. Beside
@@ -63,7 +67,6 @@ def save(
     Raises:
         CheckpointError: on every rank, if any could not write; see :func:`megapoly.checkpoint.store.save`.
     """
-    control = context.control
     optimizer.buffers.settle()  # so that nothing is under way when a run ends here
     meta = {
         "config": config.document(),
@@ -74,18 +77,27 @@ def save(
         "guards": guards,
         "layout": str(context.mesh),
     }
-    return store.save(
-        root,
-        counters.step,
-        _entries(optimizer, context),
-        meta,
-        rank=control.rank,
-        size=control.size,
-        gather=lambda value: comm.gather_objects(value, control),
-        broadcast=lambda value: comm.broadcast_object(value, control),
-        keep=config.checkpoint.keep,
-        keep_before=keep_before,
-    )
+    axis = context.control if writer is None else writer.axis
+
+    def write(entries: Iterable[store.Entry]) -> Path:
+        return store.save(
+            root,
+            counters.step,
+            entries,
+            meta,
+            rank=axis.rank,
+            size=axis.size,
+            gather=lambda value: comm.gather_objects(value, axis),
+            broadcast=lambda value: comm.broadcast_object(value, axis),
+            keep=config.checkpoint.keep,
+            keep_before=keep_before,
+            keep_every=config.checkpoint.keep_every,
+        )
+
+    if writer is None:
+        return write(_entries(optimizer, context))
+    writer.write(_entries(optimizer, context), write)
+    return folders.folder(root, counters.step)
 
 
 def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
@@ -109,17 +121,47 @@ def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
     return Counters(**reader.meta["counters"])
 
 
+def load_initial(reader: store.Reader, config: Config, optimizer: AdamW) -> None:
+    """Fill the weights alone, for a new run: of any layout, any precision, and any run of the same model.
+
+    Where the checkpoint has master weights, its weights are those, rounded; so they are taken from the master weights.
+
+    Raises:
+        CheckpointError: tensors that are missing, unexpected, misshapen, damaged, or not finite in the run's precision.
+    """
+    kind = MASTER if any(name.startswith(f"{MASTER}/") for name in reader.tensors) else WEIGHTS
+    shapes = logical_shapes(config.model)
+    reader.expect({f"{kind}/{name}": shape for name, shape in shapes.items()}, among=f"{kind}/")
+    optimizer.buffers.settle()
+    for parameter in optimizer.buffers.parameters:
+        _read_weights(reader, parameter, kind)
+        if not parameter.isfinite().all():
+            raise CheckpointError(
+                f"{reader.path}: tensor {kind}/{spec_of(parameter).name} has elements that are not finite in"
+                f" {parameter.dtype}; take another checkpoint, or another train.precision"
+            )
+    for name, part, flat in _tensors(optimizer):
+        if name == MASTER:
+            reader.read(f"{kind}/{part.spec.name}", part.piece, flat)
+
+
+def model_differences(reader: store.Reader, config: Config) -> list[str]:
+    """Keys of the model in which a checkpoint's run differs from ``config``, a line for each."""
+    found, wanted = ({"model": each.document()["model"]} for each in (saved_config(reader), config))
+    return differences(found, wanted, "the checkpoint", "the config")
+
+
 def load_weights(reader: store.Reader, stage: DecoderStage) -> None:
     """Fill just the weights of ``stage``. Any layout, any precision."""
     for parameter in stage.parameters():
         _read_weights(reader, parameter)
 
 
-def _read_weights(reader: store.Reader, parameter: Tensor) -> None:
+def _read_weights(reader: store.Reader, parameter: Tensor, kind: str = WEIGHTS) -> None:
     spec = spec_of(parameter)
     with torch.no_grad():
         parameter.zero_()
-        reader.read(f"{WEIGHTS}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
+        reader.read(f"{kind}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
 
 
 def check_identity(reader: store.Reader, config: Config) -> None:
@@ -166,6 +208,16 @@ def differences(found: Any, wanted: Any, has: str, other: str) -> list[str]:
 def newest(path: Path) -> Path:
     """The newest whole checkpoint in a folder of them, or the folder itself where it is one."""
     return path if (path / folders.MANIFEST).exists() else folders.newest(path)
+
+
+def find(path: Path) -> Path:
+    """The newest whole checkpoint of a run folder or of a folder of checkpoints, or the folder itself where it is one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    checkpoints = path / folders.CHECKPOINTS
+    return newest(checkpoints if checkpoints.is_dir() else path)
 
 
 def saved_config(reader: store.Reader) -> Config:

@@ -26,7 +26,7 @@ import torch
 from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
 from megapoly.checkpoint.folders import MANIFEST, folder, prune
 from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
-from megapoly.data.files import sync_folder
+from megapoly.data.files import make_folder, sync_folder
 from megapoly.errors import CheckpointError, everywhere
 from megapoly.spec import Box, Index, Piece
 
@@ -55,6 +55,7 @@ def save(
     broadcast: Callable[[Any], Any] | None = None,
     keep: int | None = None,
     keep_before: int | None = None,
+    keep_every: int | None = None,
 ) -> Path:
     """Write one checkpoint, together with the other ranks; return its folder.
 
@@ -66,6 +67,7 @@ def save(
         broadcast: gives every rank rank 0's object. Needed where ``size`` > 1.
         keep: how many checkpoints up to this step to keep; older ones are removed. None keeps all.
         keep_before: the newest checkpoint from before this step is kept too.
+        keep_every: those of steps that are a multiple of this are kept too.
 
     Raises:
         CheckpointError: on every rank, if any rank failed. The earlier checkpoints are then as they were.
@@ -91,7 +93,7 @@ def save(
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
             elif keep is not None:
-                prune(root, step, keep, keep_before)
+                prune(root, step, keep, keep_before, keep_every)
         problem = tell(problem)
     if problem is None:
         return final
@@ -112,7 +114,7 @@ def _prepare(root: Path, final: Path, temporary: Path, meta: dict[str, Any]) -> 
     json.dumps(meta, allow_nan=False)
     if final.exists():
         raise CheckpointError("there is a checkpoint of this step already; move it away, or go on from it")
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     for stale in root.glob(".step-*"):
         shutil.rmtree(stale)
     temporary.mkdir()
@@ -213,6 +215,19 @@ def _piece(row: Mapping[str, Any]) -> Piece:
     return Piece(Box(tuple(row["start"]), tuple(row["stop"])), *row["range"])
 
 
+@dataclass(frozen=True)
+class Damage:
+    """Bytes ``[start, stop)`` of a file that are not as written, and what is in them."""
+
+    file: str
+    start: int
+    stop: int
+    tensors: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file} bytes {self.start} to {self.stop} ({_some(self.tensors)})"
+
+
 class Reader:
     """A checkpoint opened for reading: any piece of any tensor, from whatever pieces are stored.
 
@@ -276,14 +291,14 @@ class Reader:
                 " are stored nowhere; it is damaged, move its folder away to use the one before"
             )
 
-    def expect(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check that the checkpoint holds exactly these tensors.
+    def expect(self, shapes: Mapping[str, Sequence[int]], among: str = "") -> None:
+        """Check that the checkpoint holds exactly these tensors, of those whose names begin with ``among``.
 
         Raises:
             CheckpointError: listing by name what is missing, unexpected, or of another shape.
         """
         missing = [name for name in shapes if name not in self.tensors]
-        unexpected = [name for name in self.tensors if name not in shapes]
+        unexpected = [name for name in self.tensors if name.startswith(among) and name not in shapes]
         other = [
             f"{name} {list(self.tensors[name][0])}, expected {list(shape)}"
             for name, shape in shapes.items()
@@ -297,17 +312,36 @@ class Reader:
                 " Use the model that it was saved with, or another checkpoint"
             )
 
+    def pieces(self, name: str) -> int:
+        """In how many pieces a tensor is stored."""
+        return len(self._pieces[name])
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Files of tensors with their bytes."""
+        return {name: file.size for name, file in self._files.items()}
+
+    def release(self) -> None:
+        """Give back what files hold of the memory; the next read maps them anew. What was checked stays checked."""
+        for file in self._files.values():
+            file.release()
+
+    def damage(self, progress: Callable[[int], object] = lambda done: None) -> list[Damage]:
+        """Check every byte of every file, in little memory; ``progress`` hears of the bytes of each block."""
+        found = [
+            (name, file, start, stop) for name, file in self._files.items() for start, stop in file.damaged(progress)
+        ]
+        return [
+            Damage(name, start, stop, tuple(self._names_at(file, start, stop))) for name, file, start, stop in found
+        ]
+
     def verify(self) -> None:
         """Check every byte of every file.
 
         Raises:
             CheckpointError: listing the damaged blocks, with the tensors in them.
         """
-        damaged = [
-            f"{name} bytes {start} to {stop} ({_some(self._names_at(file, start, stop))})"
-            for name, file in self._files.items()
-            for start, stop in file.damaged()
-        ]
+        damaged = [str(each) for each in self.damage()]
         if damaged:
             raise CheckpointError(f"{self.path}: damaged: {_some(damaged)}; move its folder away to use the one before")
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megapoly import __version__
 from megapoly.cli.bench import bench_app
+from megapoly.cli.checkpoint import checkpoint_app
 from megapoly.cli.common import SETTINGS
 from megapoly.cli.data import data_app
 from megapoly.cli.plan import plan_app
@@ -24,7 +25,13 @@ app = typer.Typer(
     add_completion=False,
     **SETTINGS,
 )
-for name, part in (("tokenizer", tokenizer_app), ("data", data_app), ("plan", plan_app), ("bench", bench_app)):
+for name, part in (
+    ("tokenizer", tokenizer_app),
+    ("data", data_app),
+    ("plan", plan_app),
+    ("checkpoint", checkpoint_app),
+    ("bench", bench_app),
+):
     app.add_typer(part, name=name)
 
 
@@ -62,6 +69,9 @@ def train(
     resume_if_any: Annotated[
         bool, typer.Option("--resume-if-any", help="The same, or begin where the run has none: for job queues.")
     ] = False,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Begin a new run with the weights of this checkpoint or run, and nothing else.")
+    ] = None,
     stop_step: Annotated[int | None, typer.Option(min=1, help="Save and end after this step.")] = None,
     profile: Annotated[
         str | None, typer.Option(metavar="steps=A..B", help="Trace these steps, for Perfetto or TensorBoard.")
@@ -69,14 +79,14 @@ def train(
 ) -> None:
     """Train a model, alone or as one rank of a torchrun.
 
-    Ctrl-C or SIGTERM saves a checkpoint and ends. --resume takes any layout.
+    Ctrl-C or SIGTERM saves a checkpoint and ends. --resume and --init-from take a checkpoint of any layout.
 
     [bold]Example:[/bold] torchrun --nproc-per-node 8 -m megapoly train run.toml --set layout.tp=2
     """
     from megapoly.launch import Resume, run_training
 
     how: Resume = "always" if resume else "if-any" if resume_if_any else "never"
-    raise typer.Exit(run_training(config, overrides or [], how, stop_step, profile))
+    raise typer.Exit(run_training(config, overrides or [], how, stop_step, profile, init_from))
 
 
 @app.command("generate")

@@ -143,6 +143,39 @@ def bench_data(
         print(report.save(document, save, "data", data_report.markdown(document)))
 
 
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    megabytes: Annotated[int, typer.Option(min=1, help="Of the state that is saved.")] = 2000,
+    ranks: Annotated[int, typer.Option(min=1, help="That save.")] = 4,
+    readers: Annotated[int, typer.Option(min=1, help="That load, each its rows or its columns.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of a side; the median counts.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="On the disk to measure.  [default: the system's]")] = None,
+    json_file: JsonFile = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")] = None,
+) -> None:
+    """Saving and loading beside torch.distributed.checkpoint, the plain disk and a plain copy, in turns.
+
+    [bold]Example:[/bold] megapoly bench checkpoint --folder runs --json checkpoint.json
+    """
+    from megapoly.bench import checkpoint, report
+
+    options = checkpoint.Options(megabytes, ranks=ranks, readers=readers, repeats=repeats, folder=folder)
+    with Console(stderr=True).status("") as status:
+        rows = checkpoint.measure(options, status.update)
+    document = report.make_report(rows, report.cpu_name(), checkpoint.settings(options))
+    table = make_table(*checkpoint.HEADS)
+    for row in rows:
+        table.add_row(*checkpoint.cells(row))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for line in checkpoint.notes(document):
+        console.print(line)
+    if json_file:
+        report.write_json(document, json_file)
+    if save:
+        print(report.save(document, save, "checkpoint", checkpoint.markdown(document)))
+
+
 def _names(text: str) -> list[str]:
     """Of a comma-separated list, each once."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -42,6 +42,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is in, where they are missing, and bring their names to the disk."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it: ``path`` is the old file or the whole new one.
 

@@ -491,6 +491,30 @@ def test_a_flipped_byte_anywhere_is_found_and_located(saved):
     Reader(saved).verify()
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
+def test_the_disk_begins_before_the_file_is_whole(tmp_path, monkeypatch):
+    """Ranges without a gap or an overlap, each when its bytes have left the process."""
+    monkeypatch.setattr(files, "BLOCK", 64)
+    monkeypatch.setattr(files, "_EARLY", 200)
+    begun = []
+
+    def advise(descriptor, start, size, advice):
+        assert advice == os.POSIX_FADV_DONTNEED
+        assert os.fstat(descriptor).st_size == start + size
+        begun.append((start, start + size))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    data = os.urandom(1000)
+    with files.BlockFile(tmp_path / "file") as file:
+        file.write(data[:150])
+        file.write(data[150:])
+    assert (tmp_path / "file").read_bytes() == data
+    assert [stop for _, stop in begun] == [start for start, _ in begun[1:]] + [begun[-1][1]]
+    assert begun[0][0] == 0
+    assert 1000 - begun[-1][1] < 200
+    assert file.crc32 == [zlib.crc32(data[at : at + 64]) for at in range(0, 1000, 64)]
+
+
 def test_verify_lists_every_damaged_block(saved):
     file = saved / "rank-00000.safetensors"
     size = file.stat().st_size
