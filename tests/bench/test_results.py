@@ -31,3 +31,15 @@ def test_the_readme_states_how_near_schedules_come_to_their_simulation() -> None
     low, high = re.search(r"(\d+) to (\d+) % of the simulated", (ROOT / "README.md").read_text()).groups()
     assert int(low) <= round(100 * min(ratios))
     assert round(100 * max(ratios)) <= int(high)
+
+
+def test_the_readme_states_what_the_data_engine_measured() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    by = {row["name"]: row for row in rows("data-*-cores-*.json")}
+    start = by["startup"]
+    assert f"{start['value']:.1f} ms and {start['memory_mib']:.1f} MiB, not {start['peer_value'] / 1e3:.1f} s" in text
+    assert f"{start['peer_memory_mib']:.0f} MiB and a cache of {start['peer_disk_mb']:.0f} MB" in text
+    assert f"10^12 samples takes {by['mixture']['value_1e12']:.1f} ms" in text
+    assert f"samples come {by['samples']['ratio']:.0f} times as fast" in text
+    assert f"separated {by['samples_documents']['ratio']:,.0f} times" in text
+    assert f"written {by['encode']['ratio']:.1f} times as fast" in text
