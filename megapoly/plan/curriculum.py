@@ -22,7 +22,7 @@ class Use:
     Attributes:
         tokens: of its training part.
         trained: of them in every stage, with repetitions.
-        epochs: passes over ``tokens`` in every stage.
+        epochs: passes over their windows in every stage.
     """
 
     name: str
@@ -77,18 +77,22 @@ def outlook(plan: Plan) -> Outlook:
         )
         for i, source in enumerate(plan.sources)
     ]
-    by_language: dict[str, list[Use]] = {}
-    for use in sources:
-        by_language.setdefault(use.language, []).append(use)
-    joined = [_join(language, uses) for language, uses in by_language.items()]
+    by_language: dict[str, list[int]] = {}
+    for i, use in enumerate(sources):
+        by_language.setdefault(use.language, []).append(i)
+    joined = [
+        _join(language, [sources[i] for i in places], sum(windows[i] for i in places) * plan.sequence)
+        for language, places in by_language.items()
+    ]
     largest = sorted(joined, key=lambda use: (-use.total, use.name))
     return Outlook(tuple(name for name, _, _ in stages), tuple(sources), tuple(largest))
 
 
-def _join(language: str, uses: Sequence[Use]) -> Use:
-    tokens = sum(use.tokens for use in uses)
+def _join(language: str, uses: Sequence[Use], epoch: int) -> Use:
+    """All sources of a language; ``epoch`` is the tokens of one pass over their windows."""
     trained = tuple(map(sum, zip(*(use.trained for use in uses), strict=True)))
-    return Use(language, language, tokens, trained, tuple(each / tokens for each in trained))
+    passes = tuple(each / epoch if each else 0.0 for each in trained)
+    return Use(language, language, sum(use.tokens for use in uses), trained, passes)
 
 
 def shares_over_time(plan: Plan) -> tuple[list[int], dict[str, list[float]]]:

@@ -44,6 +44,8 @@ def test_tokens_and_epochs(plan):
     assert found.totals == (1600, 4800)
     thai = next(use for use in found.languages if use.name == "th")
     assert (thai.tokens, thai.total) == (842, int(sum(stage[2] + stage[3] for stage in by_stage)))
+    code = next(use for use in found.languages if use.name == "code")
+    assert code.epochs == pytest.approx(found.sources[0].epochs)  # one source, the same figures
     assert [use.total for use in found.languages] == sorted((use.total for use in found.languages), reverse=True)
     for stage, total, share in zip((*by_stage, sum(by_stage)), (1600, 4800, 6400), found.non_english(), strict=True):
         assert share == pytest.approx((stage[1] / 2 + stage[2] + stage[3]) / total)
