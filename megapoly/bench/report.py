@@ -106,11 +106,8 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     return [_line(heads), _line(("---", *("---:" for _ in heads[1:]))), *(_line(row) for row in rows)]
 
 
-def save(document: dict[str, Any], folder: Path, name: str = "step", page: str | None = None) -> Path:
-    """Write ``NAME-DEVICE-DATE.json`` and ``.md`` into ``folder``; returns the path of the latter.
-
-    Args:
-        page: the Markdown; by default of a benchmark of steps.
+def save(document: dict[str, Any], folder: Path, name: str, page: str) -> Path:
+    """Write ``NAME-DEVICE-DATE.json`` and, with the Markdown ``page``, ``.md`` into ``folder``; the path of the latter.
 
     Raises:
         DataError: a file cannot be written.
@@ -118,7 +115,7 @@ def save(document: dict[str, Any], folder: Path, name: str = "step", page: str |
     device = re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
     path = folder / f"{name}-{device}-{document['date']}.md"
     write_json(document, path.with_suffix(".json"))
-    write_whole(path, (markdown(document) if page is None else page).encode())
+    write_whole(path, page.encode())
     return path
 
 

@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.data.files import sync_folder
@@ -42,13 +44,30 @@ def newest(root: Path) -> Path:
     return folder(root, found[-1])
 
 
-def prune(root: Path, step: int, keep: int, keep_before: int | None = None, keep_every: int | None = None) -> None:
-    """Remove the checkpoints up to ``step`` but the last ``keep``, the newest from before ``keep_before``, and those of
-    multiples of ``keep_every``."""
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the ``last`` so many, the newest from before the step ``before``, and those of steps that
+    are a multiple of ``every``."""
+
+    last: int
+    before: int | None = None
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.last < 1:
+            raise ValueError(f"{self.last} checkpoints to keep; it is at least 1")
+
+    def of(self, found: Sequence[int]) -> set[int]:
+        """The steps that stay, of ascending ones."""
+        before = [each for each in found if self.before is not None and each < self.before]
+        multiples = [each for each in found if self.every is not None and each % self.every == 0]
+        return {*found[-self.last :], *before[-1:], *multiples}
+
+
+def prune(root: Path, step: int, keep: Keep) -> None:
+    """Remove the checkpoints up to ``step`` that do not stay."""
     found = [each for each in steps(root) if each <= step]
-    kept = {*found[-keep:], *[each for each in found if keep_before is not None and each < keep_before][-1:]}
-    if keep_every is not None:
-        kept |= {each for each in found if each % keep_every == 0}
+    kept = keep.of(found)
     for old in found:
         if old not in kept:
             _remove(folder(root, old))

@@ -89,9 +89,7 @@ def save(
             size=axis.size,
             gather=lambda value: comm.gather_objects(value, axis),
             broadcast=lambda value: comm.broadcast_object(value, axis),
-            keep=config.checkpoint.keep,
-            keep_before=keep_before,
-            keep_every=config.checkpoint.keep_every,
+            keep=folders.Keep(config.checkpoint.keep, keep_before, config.checkpoint.keep_every),
         )
 
     if writer is None:

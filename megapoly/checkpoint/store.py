@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
-from megapoly.checkpoint.folders import MANIFEST, folder, prune
+from megapoly.checkpoint.folders import MANIFEST, Keep, folder, prune
 from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
 from megapoly.data.files import make_folder, sync_folder
 from megapoly.errors import CheckpointError, everywhere
@@ -53,9 +53,7 @@ def save(
     size: int = 1,
     gather: Callable[[Any], list[Any] | None] | None = None,
     broadcast: Callable[[Any], Any] | None = None,
-    keep: int | None = None,
-    keep_before: int | None = None,
-    keep_every: int | None = None,
+    keep: Keep | None = None,
 ) -> Path:
     """Write one checkpoint, together with the other ranks; return its folder.
 
@@ -65,15 +63,11 @@ def save(
     Args:
         gather: gives rank 0 the list of every rank's object, and the other ranks None. Needed where ``size`` > 1.
         broadcast: gives every rank rank 0's object. Needed where ``size`` > 1.
-        keep: how many checkpoints up to this step to keep; older ones are removed. None keeps all.
-        keep_before: the newest checkpoint from before this step is kept too.
-        keep_every: those of steps that are a multiple of this are kept too.
+        keep: which checkpoints up to this step stay; the others are removed. None keeps all.
 
     Raises:
         CheckpointError: on every rank, if any rank failed. The earlier checkpoints are then as they were.
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep is {keep}; it is at least 1, or None")
     if size > 1 and (gather is None or broadcast is None):
         raise ValueError("several ranks need gather and broadcast")
     tell = broadcast or (lambda value: value)
@@ -93,7 +87,7 @@ def save(
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
             elif keep is not None:
-                prune(root, step, keep, keep_before, keep_every)
+                prune(root, step, keep)
         problem = tell(problem)
     if problem is None:
         return final

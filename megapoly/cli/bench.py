@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
 
 from megapoly.cli.common import SETTINGS, JsonFile, make_table, write_rows
 from megapoly.errors import ConfigError
+
+Save = Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")]
 
 bench_app = typer.Typer(help="Measure speed on this machine, against peers.", **SETTINGS)
 
@@ -60,7 +62,7 @@ def bench_step(
     steps: Annotated[int, typer.Option(min=1, help="Of one turn.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 3,
     json_file: JsonFile = None,
-    save: Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")] = None,
+    save: Save = None,
 ) -> None:
     """Tokens per second of a training step (forward, backward, clipping, AdamW), against peers in the same run.
 
@@ -90,17 +92,7 @@ def bench_step(
     with Console(stderr=True).status("") as status:
         rows, gpu = step.measure(options, _names(against), _names(layouts), status.update)
     document = report.make_report(rows, gpu or report.cpu_name(), dataclasses.asdict(options))
-    table = make_table(*report.HEADS)
-    for row in rows:
-        table.add_row(*report.cells(row))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    for line in report.notes(document):
-        console.print(line)
-    if json_file:
-        report.write_json(document, json_file)
-    if save:
-        print(report.save(document, save))
+    _tell(document, "step", report, json_file, save)
 
 
 @bench_app.command("data")
@@ -115,7 +107,7 @@ def bench_data(
     repeats: Annotated[int | None, typer.Option(min=1, help="Turns of a side.  [default: 3; quick: 1]")] = None,
     folder: Annotated[Path | None, typer.Option(help="For files of a GB or two.  [default: the system's]")] = None,
     json_file: JsonFile = None,
-    save: Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")] = None,
+    save: Save = None,
 ) -> None:
     """The data engine beside megatron-core in the same run: start-up, mixture, samples, files, encoding.
 
@@ -130,17 +122,7 @@ def bench_data(
     with Console(stderr=True).status("") as status:
         rows = data.measure(options, status.update)
     document = report.make_report(rows, report.cpu_name(), data_report.settings(options))
-    table = make_table(*data_report.HEADS)
-    for row in rows:
-        table.add_row(*data_report.cells(row))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    for line in data_report.notes(document):
-        console.print(line)
-    if json_file:
-        report.write_json(document, json_file)
-    if save:
-        print(report.save(document, save, "data", data_report.markdown(document)))
+    _tell(document, "data", data_report, json_file, save)
 
 
 @bench_app.command("checkpoint")
@@ -151,7 +133,7 @@ def bench_checkpoint(
     repeats: Annotated[int, typer.Option(min=1, help="Turns of a side; the median counts.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="On the disk to measure.  [default: the system's]")] = None,
     json_file: JsonFile = None,
-    save: Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")] = None,
+    save: Save = None,
 ) -> None:
     """Saving and loading beside torch.distributed.checkpoint, the plain disk and a plain copy, in turns.
 
@@ -163,17 +145,34 @@ def bench_checkpoint(
     with Console(stderr=True).status("") as status:
         rows = checkpoint.measure(options, status.update)
     document = report.make_report(rows, report.cpu_name(), checkpoint.settings(options))
-    table = make_table(*checkpoint.HEADS)
-    for row in rows:
-        table.add_row(*checkpoint.cells(row))
+    _tell(document, "checkpoint", checkpoint, json_file, save)
+
+
+class _Style(Protocol):
+    """A module that shows the rows of one benchmark."""
+
+    @property
+    def HEADS(self) -> tuple[str, ...]: ...
+    def cells(self, row: dict[str, Any], /) -> tuple[str, ...]: ...
+    def notes(self, document: dict[str, Any], /) -> list[str]: ...
+    def markdown(self, document: dict[str, Any], /) -> str: ...
+
+
+def _tell(document: dict[str, Any], name: str, style: _Style, json_file: Path | None, save: Path | None) -> None:
+    """Print a report, and write it where that is wanted."""
+    from megapoly.bench import report
+
+    table = make_table(*style.HEADS)
+    for row in document["rows"]:
+        table.add_row(*style.cells(row))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    for line in checkpoint.notes(document):
+    for line in style.notes(document):
         console.print(line)
     if json_file:
         report.write_json(document, json_file)
     if save:
-        print(report.save(document, save, "checkpoint", checkpoint.markdown(document)))
+        print(report.save(document, save, name, style.markdown(document)))
 
 
 def _names(text: str) -> list[str]:

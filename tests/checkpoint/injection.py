@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from megapoly.checkpoint.background import Writer
-from megapoly.checkpoint.folders import folder, newest, steps
+from megapoly.checkpoint.folders import Keep, folder, newest, steps
 from megapoly.checkpoint.store import Entry, Reader, save
 from megapoly.context import ALONE
 from megapoly.errors import CheckpointError
@@ -68,7 +68,7 @@ def work(root, step, rank, links, file_size, background):
         return value
 
     def write(given):
-        return save(root, step, given, {}, rank=rank, size=RANKS, gather=gather, broadcast=broadcast, keep=2)
+        return save(root, step, given, {}, rank=rank, size=RANKS, gather=gather, broadcast=broadcast, keep=Keep(2))
 
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))

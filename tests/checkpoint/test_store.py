@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapoly.checkpoint import files, store
-from megapoly.checkpoint.folders import newest, retire, steps
+from megapoly.checkpoint.folders import Keep, newest, retire, steps
 from megapoly.checkpoint.pieces import check_tiling
 from megapoly.checkpoint.store import Entry, Reader, save
 from megapoly.errors import CheckpointError
@@ -354,8 +354,8 @@ def test_pieces_that_do_not_fit_are_refused_on_every_rank(tmp_path, first, secon
 
 
 def test_what_the_caller_got_wrong(tmp_path):
-    with pytest.raises(ValueError, match="keep is 0"):
-        save(tmp_path, 1, [], {}, keep=0)
+    with pytest.raises(ValueError, match="0 checkpoints to keep"):
+        Keep(0)
     with pytest.raises(ValueError, match="several ranks need gather and broadcast"):
         save(tmp_path, 1, [], {}, size=2)
     for meta in ({"path": Path("x")}, {"loss": float("nan")}):
@@ -379,9 +379,9 @@ def test_a_step_that_is_there_is_refused(tmp_path):
 def test_the_newest_checkpoint_from_before_a_step_is_kept_too(tmp_path):
     for step in (10, 20, 30, 40):
         save(tmp_path, step, [], {})
-    save(tmp_path, 50, [], {}, keep=2, keep_before=30)
+    save(tmp_path, 50, [], {}, keep=Keep(2, before=30))
     assert steps(tmp_path) == [20, 40, 50]
-    save(tmp_path, 60, [], {}, keep=1, keep_before=15)
+    save(tmp_path, 60, [], {}, keep=Keep(1, before=15))
     assert steps(tmp_path) == [60]
 
 
@@ -389,9 +389,9 @@ def test_keep_removes_older_checkpoints_only(tmp_path):
     for step in (30, 10, 20):
         save(tmp_path, step, [], {})
     (tmp_path / "notes").mkdir()
-    save(tmp_path, 25, [], {}, keep=2)
+    save(tmp_path, 25, [], {}, keep=Keep(2))
     assert steps(tmp_path) == [20, 25, 30]  # a later one is another branch: not this function's to judge
-    save(tmp_path, 40, [], {}, keep=1)
+    save(tmp_path, 40, [], {}, keep=Keep(1))
     assert steps(tmp_path) == [40]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000040"]
 
@@ -407,7 +407,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkey
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.warns(UserWarning, match="step-00000001: an old checkpoint could not be removed .*Permission denied"):
-        save(tmp_path, 2, [], {}, keep=1)
+        save(tmp_path, 2, [], {}, keep=Keep(1))
     assert steps(tmp_path) == [1, 2]
 
 
@@ -622,14 +622,14 @@ def test_full_disk_on_one_rank_fails_the_save_on_all(tmp_path, monkeypatch, file
     Ranks(3).save(tmp_path, 1, entries)
     with monkeypatch.context() as patched:
         full_disk(patched, file)
-        errors = Ranks(3).save(tmp_path, 2, entries, keep=1)
+        errors = Ranks(3).save(tmp_path, 2, entries, keep=Keep(1))
     rank = 1 if "1" in file else 0
     for error in errors:
         assert isinstance(error, CheckpointError)
         assert f"step-00000002: not saved; rank {rank}: OSError: [Errno 28] No space left on device" in str(error)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert read(Reader(newest(tmp_path)), "w1").tolist() == [1] * 5
-    assert Ranks(3).save(tmp_path, 2, entries, keep=1) == [tmp_path / "step-00000002"] * 3
+    assert Ranks(3).save(tmp_path, 2, entries, keep=Keep(1)) == [tmp_path / "step-00000002"] * 3
     assert steps(tmp_path) == [2]
 
 
@@ -666,7 +666,7 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 import torch
-from megapoly.checkpoint import files, store
+from megapoly.checkpoint import files, folders, store
 from megapoly.spec import Box, Piece
 
 torch.set_num_threads(1)
@@ -696,7 +696,7 @@ def half(self, data):
 
 def save(root, step):
     entry = store.Entry("w", (100,), Piece.of(Box.whole((100,))), torch.full((100,), float(step)))
-    store.save(root, step, [entry], {"step": step}, keep=2)
+    store.save(root, step, [entry], {"step": step}, keep=folders.Keep(2))
 
 write = files.BlockFile.write
 before = Path(sys.argv[1]) / "before"
@@ -735,7 +735,7 @@ def test_a_killed_save_loses_nothing(tmp_path):
         for step in steps(root):
             Reader(root / f"step-{step:08d}").verify()
         found.append((reader.step, any(p.name.startswith(".") for p in root.iterdir())))
-        save(root, 4, [whole("w", torch.zeros(1))], {}, keep=2)
+        save(root, 4, [whole("w", torch.zeros(1))], {}, keep=Keep(2))
         assert steps(root) == [reader.step, 4]
         assert sorted(p.name for p in root.iterdir()) == [f"step-{step:08d}" for step in (reader.step, 4)]
     assert set(found) == {(2, False), (2, True), (3, False), (3, True)}
