@@ -13,8 +13,9 @@ from megapoly.cli.common import Deduplicate, MemoryMb, Pack, Shuffle, describe_a
 from megapoly.cli.inputs import BadPolicy, DocumentUnit
 
 if TYPE_CHECKING:
-    from megapoly.data.builder import Progress
+    from megapoly.data.builder import Options, Progress
     from megapoly.data.sidecar import Sidecar
+    from megapoly.data.tokenizer import Tokenizer
 
 
 def data_build(
@@ -95,6 +96,17 @@ def data_build(
     loaded = Tokenizer.load(tokenizer)
     if loaded.encoder != "megapoly":
         print(f"{tokenizer}: encoded by {loaded.encoder}, several times slower than by our own encoder")
+    made = _build(files, output, loaded, language, options)
+    for line in describe_skipped(made.skipped):
+        print(line)
+    if validation and not made.validation.documents:
+        print(f"  none of so few documents is held out at --validation {validation}: this source will not be validated")
+
+
+def _build(files: list[Path], output: Path, tokenizer: Tokenizer, language: str, options: Options) -> Sidecar:
+    """Build with a bar, and tell what came of it."""
+    from megapoly.data import builder
+
     begun = time.monotonic()
     last = builder.Progress()
     with make_bar(output.name, "speed") as (bar, task):
@@ -110,15 +122,12 @@ def data_build(
             bar.update(task, completed=state.input_read, total=state.input_size, speed=_speed(state, spent))
 
         try:
-            made = builder.build(files, output, loaded, language=language, options=options, progress=show)
+            made = builder.build(files, output, tokenizer, language=language, options=options, progress=show)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on with what is whole", file=sys.stderr)
             raise typer.Exit(130) from None
     _report(output, made, last, time.monotonic() - begun)
-    for line in describe_skipped(made.skipped):
-        print(line)
-    if validation and not made.validation.documents:
-        print(f"  none of so few documents is held out at --validation {validation}: this source will not be validated")
+    return made
 
 
 def _speed(state: Progress, spent: float) -> str:

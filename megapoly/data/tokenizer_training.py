@@ -70,10 +70,16 @@ def train_tokenizer(
             raise DataError(f"language {language!r}: no document in {[str(path) for path in files[language]]}")
     # What was skipped in the first pass is skipped again, and counted once.
     again = {language: read(language, BadRecords("skip")) for language in files}
+    write_whole(output, _train(_sentences(again, sampling_rates(sizes, alpha, budget)), vocabulary))
+    return Tokenizer.load(output)
+
+
+def _train(sentences: Iterator[str], vocabulary: int) -> bytes:
+    """A model with PolyLM's choices."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(again, sampling_rates(sizes, alpha, budget)),
+            sentence_iterator=sentences,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocabulary,
@@ -93,8 +99,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise _explain(error, vocabulary) from error
-    write_whole(output, model.getvalue())
-    return Tokenizer.load(output)
+    return model.getvalue()
 
 
 def sampling_rates(sizes: Mapping[str, int], alpha: float, budget: int) -> dict[str, float]:

@@ -167,7 +167,7 @@ def main(descriptor: int) -> None:
         sys.exit(errno.ENOMEM)
     except MegapolyError as error:
         _tell(connection, error)
-    except Exception:
+    except Exception:  # whatever it is: the parent raises it, and this process ends
         _tell(connection, traceback.format_exc())
 
 

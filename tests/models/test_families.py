@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megapoly.config import Model, RopeScaling
 from megapoly.layers.call import Call, Place
 from megapoly.models.decoder import DecoderStage
+from tests.models.documents import assert_each_document_alone
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests")
 
@@ -206,11 +207,4 @@ def test_logits_equal_transformers_in_float32(kind: str, ours: Model) -> None:
 def test_separate_documents_equal_transformers_on_each_document_alone(name: str) -> None:
     kind, ours = SHAPES[name]
     peer = oracle(kind, ours)
-    stage = loaded(kind, peer, ours)
-    lengths = [1, 7, 2, 12]
-    tokens = torch.randint(ours.vocabulary, (1, sum(lengths)))
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
-    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    logits = stage(None, Call(positions.t(), documents_BS=documents, tokens_SB=tokens.t())).transpose(0, 1)
-    for part, mine in zip(tokens.split(lengths, 1), logits.split(lengths, 1)):
-        torch.testing.assert_close(mine, peer(part).logits, rtol=0, atol=1e-9)
+    assert_each_document_alone(loaded(kind, peer, ours), peer, ours.vocabulary)

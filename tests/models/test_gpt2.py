@@ -7,6 +7,7 @@ from torch import Tensor
 from megapoly.config import Model
 from megapoly.layers.call import Call, Place
 from megapoly.models.decoder import DecoderStage
+from tests.models.documents import assert_each_document_alone
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests")
 
@@ -95,10 +96,4 @@ def test_separate_documents_equal_transformers_on_each_document_alone() -> None:
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.copy_(logical(peer, model)[parameter.spec.name])
-    lengths = [1, 7, 2, 12]
-    tokens = torch.randint(model.vocabulary, (1, sum(lengths)))
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
-    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    logits = stage(None, Call(positions.t(), documents_BS=documents, tokens_SB=tokens.t())).transpose(0, 1)
-    for part, mine in zip(tokens.split(lengths, 1), logits.split(lengths, 1)):
-        torch.testing.assert_close(mine, peer(part).logits, rtol=0, atol=1e-9)
+    assert_each_document_alone(stage, peer, model.vocabulary)

@@ -6,22 +6,19 @@ and an output weight of its own; Qwen2 biases of qkv and a tied one; BLOOM linea
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.parity import cases
-from tests.parity.test_layouts import GRADIENTS, OPTIONS, combinations, layouts, settings
-from tests.ranks import run_cases
+from tests.parity.test_layouts import OPTIONS, Shape, check, combinations, layouts, one_process
 
 SIZES = (1, 2, 4)
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"family": "llama", "heads": 8, "key_value_heads": 4},
-    "qwen": {"family": "qwen", "heads": 4, "key_value_heads": 4},
-    "bloom": {"family": "bloom", "heads": 8},
+SHAPES: dict[str, Shape] = {
+    "llama": (("family", "llama"), ("heads", 8), ("key_value_heads", 4)),
+    "qwen": (("family", "qwen"), ("heads", 4), ("key_value_heads", 4)),
+    "bloom": (("family", "bloom"), ("heads", 8)),
 }
 # The parts of Qwen2 that are not LLaMA's differ under two ranks already.
 SAMPLED = (("llama", 1), ("llama", 2), ("llama", 4), ("qwen", 2), ("bloom", 2), ("bloom", 4))
@@ -40,35 +37,16 @@ def sample(family: str, size: int) -> list[dict[str, Any]]:
     return chosen
 
 
-@functools.cache
-def one_process(family: str, dropout: float, documents: bool) -> tuple[list[float], dict[str, np.ndarray]]:
-    keys = {**SHAPES[family], "dropout": dropout, "attention_dropout": dropout / 2}
-    numbers, gradients = cases.one_pass(0, 1, cases.config(dp=1, micro_batch=8, **keys), documents)
-    return numbers, cases.reassemble([gradients])
-
-
-def check(family: str, size: int, chosen: list[dict[str, Any]]) -> None:
-    runs = [(cases.config(**keys, **SHAPES[family]), documents) for keys, documents in map(settings, chosen)]
-    for case, results in zip(chosen, run_cases(size, cases.one_pass, runs, timeout=3000)):
-        numbers, expected = one_process(family, case["dropout"], case["documents"])
-        for found, _ in results:
-            np.testing.assert_allclose(found, numbers, rtol=GRADIENTS, err_msg=str(case))
-        try:
-            cases.assert_close(cases.reassemble(pieces for _, pieces in results), expected, GRADIENTS)
-        except AssertionError as error:
-            raise AssertionError(f"in {case}") from error
-
-
 @pytest.mark.parametrize(("family", "size"), SAMPLED)
 def test_gradients_equal_one_process(family: str, size: int) -> None:
-    check(family, size, sample(family, size))
+    check(size, sample(family, size), SHAPES[family])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", SHAPES)
 def test_gradients_equal_one_process_in_all_combinations(family: str, size: int) -> None:
-    check(family, size, list(combinations(size)))
+    check(size, list(combinations(size)), SHAPES[family])
 
 
 def test_the_sample_has_every_value_of_every_option() -> None:
@@ -79,9 +57,9 @@ def test_the_sample_has_every_value_of_every_option() -> None:
 
 def test_families_differ() -> None:
     """Each has its own parts, by name, and its own loss."""
-    losses = {family: one_process(family, 0.0, False)[0][2] for family in SHAPES}
+    losses = {family: one_process(0.0, False, shape)[0][2] for family, shape in SHAPES.items()}
     assert len({round(loss, 6) for loss in losses.values()}) == len(SHAPES)
-    names = {family: one_process(family, 0.0, False)[1].keys() for family in SHAPES}
+    names = {family: one_process(0.0, False, shape)[1].keys() for family, shape in SHAPES.items()}
     assert {"output.weight", "layers.0.feedforward.gate_up.weight"} <= names["llama"]
     assert not any(name.endswith("bias") for name in names["llama"])
     assert {name.split(".", 2)[2] for name in names["qwen"] if name.endswith("bias")} == {"attention.qkv.bias"}

@@ -21,7 +21,7 @@ from tests.ranks import run_cases
 
 GRADIENTS, WEIGHTS, STEPS = 1e-10, 1e-9, 10
 SIZES = (1, 2, 4, 8)
-Case = tuple[tuple[str, Any], ...]  # keys of cases.config, and "documents"
+Shape = tuple[tuple[str, Any], ...]  # of a model: keys of cases.config, with their values
 
 # Values of every option; layouts restrict some of them.
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -102,16 +102,17 @@ def settings(case: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 @functools.cache
-def one_process(dropout: float, documents: bool) -> tuple[list[float], dict[str, np.ndarray]]:
-    alone = cases.config(dp=1, micro_batch=8, dropout=dropout, attention_dropout=dropout / 2)
-    numbers, gradients = cases.one_pass(0, 1, alone, documents)
+def one_process(dropout: float, documents: bool, shape: Shape = ()) -> tuple[list[float], dict[str, np.ndarray]]:
+    keys = {"dropout": dropout, "attention_dropout": dropout / 2, **dict(shape)}
+    numbers, gradients = cases.one_pass(0, 1, cases.config(dp=1, micro_batch=8, **keys), documents)
     return numbers, cases.reassemble([gradients])
 
 
-def check(size: int, chosen: list[dict[str, Any]]) -> None:
-    runs = [(cases.config(**keys), documents) for keys, documents in map(settings, chosen)]
+def check(size: int, chosen: list[dict[str, Any]], shape: Shape = ()) -> None:
+    """Every combination gives what one process does; ``shape`` has further keys of ``cases.config``."""
+    runs = [(cases.config(**keys, **dict(shape)), documents) for keys, documents in map(settings, chosen)]
     for case, results in zip(chosen, run_cases(size, cases.one_pass, runs, timeout=3000)):
-        numbers, expected = one_process(case["dropout"], case["documents"])
+        numbers, expected = one_process(case["dropout"], case["documents"], shape)
         for found, _ in results:
             np.testing.assert_allclose(found, numbers, rtol=GRADIENTS, err_msg=str(case))
         try:
