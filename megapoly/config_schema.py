@@ -253,7 +253,7 @@ class Stability(_Section):
 class Checkpoint(_Section):
     every_steps: PositiveInt = 500
     keep: PositiveInt = Field(2, description="whole checkpoints kept; older ones are removed")
-    keep_every: PositiveInt | None = Field(None, description="those of every so many steps are never removed")
+    keep_every_steps: PositiveInt | None = Field(None, description="those of every so many steps are never removed")
     background: bool = Field(
         False,
         description="training waits only while what a rank saves is copied in its host memory, and a thread writes it;"

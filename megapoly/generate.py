@@ -52,8 +52,7 @@ class Generator:
     """
 
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
-        checkpoints = path / "checkpoints"
-        reader = store.Reader(state.newest(checkpoints if checkpoints.exists() else path))
+        reader = store.Reader(state.find(path))
         config = state.saved_config(reader)
         self.step = reader.step
         self.tokenizer = Tokenizer.load(tokenizer or config.data.tokenizer)

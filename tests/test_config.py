@@ -419,10 +419,13 @@ def test_every_wrong_value_is_listed():
     [
         ("modell", "unknown key 'modell'; did you mean 'model'?"),
         ("model__layer", "unknown key 'model.layer'; did you mean 'layers'?"),
-        ("checkpoint__xyz", "unknown key 'checkpoint.xyz'; known here: background, every_steps, keep, keep_every"),
+        (
+            "checkpoint__xyz",
+            "unknown key 'checkpoint.xyz'; known here: background, every_steps, keep, keep_every_steps",
+        ),
         ("data__sources__en__lang", "unknown key 'data.sources.en.lang'; did you mean 'language'?"),
         ("data__stages__1__token", "unknown key 'data.stages.1.token'; did you mean 'tokens'?"),
-        ("checkpoint__every_step", "unknown key 'checkpoint.every_step'; did you mean 'every_steps'?"),
+        ("checkpoint__every", "unknown key 'checkpoint.every'; did you mean 'every_steps'?"),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest_name(key, message):

@@ -89,7 +89,7 @@ def save(
             size=axis.size,
             gather=lambda value: comm.gather_objects(value, axis),
             broadcast=lambda value: comm.broadcast_object(value, axis),
-            keep=folders.Keep(config.checkpoint.keep, keep_before, config.checkpoint.keep_every),
+            keep=folders.Keep(config.checkpoint.keep, keep_before, config.checkpoint.keep_every_steps),
         )
 
     if writer is None:

@@ -67,9 +67,9 @@ def test_a_full_disk_ends_the_run_at_the_next_checkpoint(
 
 
 def test_those_of_every_so_many_steps_are_kept(toml: Path, tmp_path: Path) -> None:
-    go(0, 1, toml, tmp_path / "run", 14, False, "checkpoint.keep=1", "checkpoint.keep_every=6")
+    go(0, 1, toml, tmp_path / "run", 14, False, "checkpoint.keep=1", "checkpoint.keep_every_steps=6")
     assert folders.steps(tmp_path / "run" / "checkpoints") == [6, 12, 14]
     with pytest.raises(
-        ConfigError, match=r"keep_every 7 is not a multiple of checkpoint.every_steps 3, .* set it to 6"
+        ConfigError, match=r"keep_every_steps 7 is not a multiple of checkpoint.every_steps 3, .* set it to 6"
     ):
-        go(0, 1, toml, tmp_path / "other", 14, False, "checkpoint.keep_every=7")
+        go(0, 1, toml, tmp_path / "other", 14, False, "checkpoint.keep_every_steps=7")
