@@ -272,8 +272,8 @@ def _check_checkpoint(config: Schema) -> None:
     every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
     if kept is not None and kept % every:
         raise ConfigError(
-            f"checkpoint.keep_every_steps {kept} is not a multiple of checkpoint.every_steps {every}, so that most of the"
-            f" steps to keep have no checkpoint; set it to {max(1, round(kept / every)) * every}"
+            f"checkpoint.keep_every_steps {kept} is not a multiple of checkpoint.every_steps {every}, so that most"
+            f" of the steps to keep have no checkpoint; set it to {max(1, round(kept / every)) * every}"
         )
 
 
