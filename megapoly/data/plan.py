@@ -217,12 +217,6 @@ class Plan:
             found.append((name, inside[0].first_sample, inside[-1].end))
         return found
 
-    def epochs(self) -> dict[str, float]:
-        """Passes over every source in the whole plan, skipped ones too, by name; 0 where a source is not used."""
-        counts = self.counts_at(self.total_samples).tolist()
-        used = zip(self.sources, counts, self.windows.tolist(), strict=True)
-        return {source.name: count / windows if count else 0.0 for source, count, windows in used}
-
     def to_document(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         document: dict[str, Any] = json.loads(json.dumps(asdict(self)))

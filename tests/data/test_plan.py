@@ -169,8 +169,6 @@ def check_walk(plan):
 def test_every_window_once_per_epoch_and_counts_without_gap(plan):
     used = check_walk(plan)
     assert plan.counts_at(plan.total_samples).tolist() == [used[s] for s in range(len(plan.sources))]
-    for i, s in enumerate(plan.sources):
-        assert plan.epochs()[s.name] == pytest.approx(used[i] / ((s.tokens - 1) // SEQUENCE))
 
 
 @few
@@ -292,9 +290,6 @@ def test_the_rest_after_a_skip_keeps_its_shares():
     assert (rest.first_sample, rest.samples, rest.stage, rest.block, rest.quotas) == (8, 32, "a", 32, (8, 24))
     assert (rest.starts, rest.skipped) == (tuple(plan.counts_at(20).tolist()), 12)
     assert (last.first_sample, last.samples, last.stage, last.quotas, last.skipped) == (40, 60, "b", (30, 30), 12)
-    assert skipping.epochs() == {
-        name: pytest.approx(count / 99) for name, count in zip("xy", skipping.counts_at(100).tolist(), strict=True)
-    }
     for at, count in [(8, 0), (-1, 5), (90, 11), (100, 1)]:
         with pytest.raises(DataError, match=f"cannot skip {count} samples from sample {at}; it has 100"):
             plan.skipping(at, count)
@@ -370,7 +365,6 @@ def test_plans_that_cannot_be(stages, tokens, message):
 def test_a_source_without_windows_may_rest():
     plan = Plan.build([("a", 10, {"x": 1.0, "y": 0.0})], [source("x", 9), Source("y", "y", "h", 4)], SEQUENCE, 1)
     assert set(everything(plan).source.tolist()) == {0}
-    assert plan.epochs() == {"x": pytest.approx(10 / 9), "y": 0.0}
 
 
 @pytest.mark.parametrize("samples", [[-1], [10], [0, 10**12]])

@@ -51,6 +51,12 @@ def test_tokens_and_epochs(plan):
         assert share == pytest.approx((stage[1] / 2 + stage[2] + stage[3]) / total)
 
 
+def test_a_source_without_windows_is_not_read():
+    sources = [Source("x", "x", "x", 37), Source("y", "y", "y", 4)]
+    found = outlook(Plan.build([("a", 10, {"x": 1.0, "y": 0.0})], sources, 4, 1))
+    assert [use.epochs for use in found.sources] == [(pytest.approx(10 / 9),), (0.0,)]
+
+
 def test_rows_and_tables_agree(plan):
     found = outlook(plan)
     listed = rows(found)
