@@ -112,8 +112,9 @@ class _Rank:
         """Stacks of all threads of a process that still runs."""
         if self.process.is_alive() and self.stacks.exists():
             os.kill(self.process.pid or 0, signal.SIGUSR1)
-            until = time.monotonic() + 2
-            while not self.stacks.read_text().count("File ") and time.monotonic() < until:
+            until = time.monotonic() + 10
+            # It is written frame by frame: the last one is where the main thread, the oldest, began.
+            while not self.stacks.read_text().endswith("in <module>\n") and time.monotonic() < until:
                 time.sleep(0.02)
             return f"rank {self.rank} still ran:\n{self.stacks.read_text()}"
         return f"rank {self.rank} was still starting"
