@@ -53,9 +53,11 @@ class Native:
         self.path, self.model = self._reader.path, config.model
         shapes = state.logical_shapes(self.model)
         self._reader.expect({f"{state.WEIGHTS}/{name}": shape for name, shape in shapes.items()}, f"{state.WEIGHTS}/")
-        self.tensors = {name: self._reader.tensors[f"{state.WEIGHTS}/{name}"] for name in shapes}
+        self.tensors: Mapping[str, tuple[Index, torch.dtype]] = {
+            name: self._reader.tensors[f"{state.WEIGHTS}/{name}"] for name in shapes
+        }
         tokenizer = config.data.tokenizer
-        self.tokenizer = (tokenizer,) if tokenizer.exists() else ()
+        self.tokenizer: tuple[Path, ...] = (tokenizer,) if tokenizer.exists() else ()
 
     def read(self, name: str, piece: Piece, out: Tensor) -> None:
         stored = self.tensors[name][1]
