@@ -7,13 +7,14 @@ needs weights, a new run, ``generate`` or ``convert``, reads the pieces that it 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megapoly.checkpoint import state
+from megapoly.checkpoint import folders, state
 from megapoly.checkpoint.store import Reader
 from megapoly.config import Model
 from megapoly.spec import Index, Piece
@@ -27,18 +28,43 @@ class Weights(Protocol):
         model: the decoder that they are of.
         tensors: shape and stored dtype by logical name, in the order of the model: just those of ``model``.
         tokenizer: the tokenizer's files, ``tokenizer.model`` or the like; empty where the format holds none.
+        files: all that is read, for :func:`megapoly.checkpoint.unfinished.fingerprint`.
+        origin: plain values that no format but the one of their key needs, and that conversions hand on:
+            ``{"huggingface": {"config": ..., "generation_config": ...}}``.
     """
 
     path: Path
     model: Model
     tensors: Mapping[str, tuple[Index, torch.dtype]]
     tokenizer: tuple[Path, ...]
+    files: tuple[Path, ...]
+    origin: Mapping[str, Any]
 
     def read(self, name: str, piece: Piece, out: Tensor) -> None:
         """Fill ``out`` (1-D, ``piece.size`` elements, any device and floating dtype); reads what it needs only."""
 
     def release(self) -> None:
         """Give back the memory that was read through; the next read maps it anew."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a format is to be written; a format ignores what it has not.
+
+    Attributes:
+        dtype: of all tensors; None keeps each one's.
+        shard_bytes: size of a file from which on another one begins.
+        tp, pp: the layout, for formats that have one.
+    """
+
+    dtype: torch.dtype | None = None
+    shard_bytes: int = 5_000_000_000
+    tp: int = 1
+    pp: int = 1
+
+    def document(self) -> dict[str, Any]:
+        """Plain values, for the identity of a conversion."""
+        return {**asdict(self), "dtype": None if self.dtype is None else str(self.dtype)}
 
 
 class Native:
@@ -58,6 +84,8 @@ class Native:
         }
         tokenizer = config.data.tokenizer
         self.tokenizer: tuple[Path, ...] = (tokenizer,) if tokenizer.exists() else ()
+        self.files: tuple[Path, ...] = (self.path / folders.MANIFEST,)  # it has the checksums of the others
+        self.origin: Mapping[str, Any] = self._reader.meta.get("origin", {})
 
     def read(self, name: str, piece: Piece, out: Tensor) -> None:
         stored = self.tensors[name][1]
