@@ -21,6 +21,7 @@ _ROPE_KEYS = {
     "rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor",
     "original_max_position_embeddings",
 }  # fmt: skip
+_DTYPE_KEYS = {"torch_dtype", "dtype"}  # the name before transformers 5, which reads it too, and the one since then
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "bloom": "BloomForCausalLM", "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -251,8 +252,8 @@ def to_config(model: Model, origin: Mapping[str, Any] | None, dtype: str, ends: 
         ends: ``bos_token_id`` and ``eos_token_id``, as far as they are known.
     """
     if origin is not None and _describes(origin, model):
-        kept = {key: value for key, value in origin.items() if key not in ("dtype", "torch_dtype", "_name_or_path")}
-        return {**kept, "torch_dtype": dtype}
+        kept = {key: dtype if key in _DTYPE_KEYS else value for key, value in origin.items() if key != "_name_or_path"}
+        return kept if kept.keys() & _DTYPE_KEYS else {**kept, "torch_dtype": dtype}
     kind = family_of(model)
     write = {"gpt2": _write_gpt2, "bloom": _write_bloom}.get(kind, _write_rotary)
     return {

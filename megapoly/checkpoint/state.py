@@ -219,12 +219,11 @@ def saved_config(reader: store.Reader) -> Config:
 
 
 def saved_model(reader: store.Reader) -> Model:
-    """The model of a checkpoint of a run, or of one that holds weights only."""
-    if "model" not in reader.meta:
-        return saved_config(reader).model
+    """The model of a checkpoint of a run, or of one that holds weights only; whatever else the run's config says."""
+    meta = reader.meta
     try:
-        return Model.model_validate(reader.meta["model"])
-    except ValueError as error:
+        return Model.model_validate(meta["model"] if "model" in meta else meta["config"]["model"])
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{reader.path}: holds no model that this version understands: {error}") from error
 
 

@@ -111,7 +111,7 @@ class Native:
 
     def _tokenizer(self) -> tuple[Path, ...]:
         if "config" in self._reader.meta:
-            path = state.saved_config(self._reader).data.tokenizer
+            path = Path(self._reader.meta["config"]["data"]["tokenizer"])
             return (path,) if path.is_file() else ()
         hashes: Mapping[str, str] = self._reader.meta.get("tokenizer_files", {})
         paths = {self.path / TOKENIZER / name: digest for name, digest in hashes.items()}
