@@ -196,4 +196,4 @@ def test_shards_are_as_large_as_asked_for(tmp_path: Path) -> None:
     sizes = [sum(tensor.nbytes for tensor in each.values()) for each in held.values()]
     assert index["metadata"]["total_size"] == sum(sizes)
     assert all(size <= 500_000 or len(each) == 1 for size, each in zip(sizes, held.values(), strict=True))
-    assert len(names) > 5
+    assert len(names) > 2

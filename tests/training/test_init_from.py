@@ -14,8 +14,8 @@ from rich.console import Console
 
 from megapoly import config
 from megapoly.checkpoint import examine
-from megapoly.checkpoint.folders import newest
 from megapoly.checkpoint.convert import convert
+from megapoly.checkpoint.folders import newest
 from megapoly.checkpoint.store import Reader
 from megapoly.checkpoint.weights import Options, open_weights
 from megapoly.cli import main
