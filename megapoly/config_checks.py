@@ -15,8 +15,9 @@ def check(config: Schema) -> None:
     Raises:
         ConfigError: the first that does not.
     """
+    check_model(config.model)
     for each in (
-        _check_model,
+        _check_shares,
         _check_layout,
         _check_data,
         _check_schedule,
@@ -27,8 +28,12 @@ def check(config: Schema) -> None:
         each(config)
 
 
-def _check_model(config: Schema) -> None:
-    model, layout = config.model, config.layout
+def check_model(model: Model) -> None:
+    """Refuse keys of a model that do not fit together.
+
+    Raises:
+        ConfigError: the first that does not.
+    """
     if model.hidden % model.heads:
         raise ConfigError(
             f"model.hidden {model.hidden} does not divide by model.heads {model.heads};"
@@ -39,6 +44,11 @@ def _check_model(config: Schema) -> None:
             f"model.heads {model.heads} does not divide by model.key_value_heads {model.groups};"
             f" choose key_value_heads from {_divisors(model.heads)}"
         )
+    _check_rope(model)
+
+
+def _check_shares(config: Schema) -> None:
+    model, layout = config.model, config.layout
     if model.groups % layout.tp:
         what = "model.key_value_heads" if model.key_value_heads else "model.heads"
         raise ConfigError(
@@ -56,7 +66,6 @@ def _check_model(config: Schema) -> None:
             f"train.sequence {config.train.sequence} is longer than {table}model.positions"
             f" {model.positions}; raise model.positions or shorten train.sequence"
         )
-    _check_rope(model)
 
 
 def _check_rope(model: Model) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megapoly import comm
-from megapoly.checkpoint import folders, state, store
+from megapoly.checkpoint import folders, state, store, weights
 from megapoly.checkpoint.background import Writer
 from megapoly.checkpoint.state import Counters
 from megapoly.config import Config
@@ -132,7 +132,8 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never", 
     Args:
         resume: ``never`` needs a folder without a run, ``always`` needs a checkpoint, ``if-any`` takes a checkpoint
             where there is one and else begins: for jobs that are queued or restarted by themselves.
-        init_from: a checkpoint, run folder or folder of checkpoints, whose weights a new run begins with.
+        init_from: a checkpoint, run folder, folder of checkpoints or of Hugging Face, whose weights a new run begins
+            with.
     """
     if resume == "always" and init_from is not None:
         raise everywhere(ConfigError(_BOTH))
@@ -143,7 +144,7 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never", 
     path = comm.broadcast_object(path, control)
     first = None
     if path is None and init_from is not None:
-        first = agree(context, lambda: state.find(init_from) if context.rank == 0 else None)
+        first = agree(context, lambda: weights.find(init_from) if context.rank == 0 else None)
         first = comm.broadcast_object(first, control)
     run = agree(context, lambda: _prepare(config, context, path, first))
     if config.checkpoint.background:
@@ -189,15 +190,17 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None, first:
     if reader is not None:
         state.check_identity(reader, config)
         state.check_tokenizer(reader, tokenizer)
-    initial = None if first is None else store.Reader(first)
+    initial = None if first is None else weights.open_weights(first)
     if initial is not None:
-        state.check_tokenizer(initial, tokenizer)
+        weights.check_tokenizer(initial, tokenizer)
     plan, edits = _plan(config, datasets, reader)
     engine = Engine(config, context)
     run = Run(config, context, engine, plan, datasets, tokenizer, Guards(config.stability), path, edits)
     if initial is not None:
-        state.load_initial(initial, config, engine.optimizer)
-        run.began = [f"begins with the weights of {initial.path}", *state.model_differences(initial, config)]
+        weights.load_initial(initial, config, engine.optimizer)
+        unknown = "" if initial.tokenizer_sha256 else ", which does not tell the tokenizer that it was trained with"
+        run.began = [f"begins with the weights of {initial.path}{unknown}", *initial.notes]
+        run.began += state.model_differences(initial.model, config)
     elif reader is None:
         engine.initialise()
     else:

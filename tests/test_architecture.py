@@ -59,9 +59,11 @@ READS_ENVIRONMENT = ("megapoly/launch.py",)
 # Optional extras that one file may import inside a function: (file, package).
 OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
     {
+        ("megapoly/checkpoint/verification.py", "transformers"),
         ("megapoly/charts/figure.py", "matplotlib"),
         ("megapoly/data/compression.py", "zstandard"),
         ("megapoly/data/huggingface.py", "tokenizers"),
+        ("megapoly/data/huggingface_export.py", "tokenizers"),
         ("megapoly/data/parquet.py", "pyarrow"),
     }
 )

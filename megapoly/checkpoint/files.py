@@ -12,7 +12,7 @@ import mmap
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,11 @@ CODES = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
-def write_tensors(path: Path, header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Write a new safetensors file; ``header`` describes the tensors in their order. Returns its size and checksums."""
+def write_tensors(path: Path, header: dict[str, Any], tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
+    """Write a new safetensors file; ``header`` describes the tensors in their order. Returns its size and checksums.
+
+    ``tensors`` may be parts of those of the header, one after another.
+    """
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with BlockFile(path) as file:

@@ -110,7 +110,7 @@ def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
     shapes = logical_shapes(config.model)
     reader.expect({f"{kind}/{name}": shape for kind in sorted(kinds) for name, shape in shapes.items()})
     optimizer.buffers.settle()
-    for kind, part, flat in _tensors(optimizer):
+    for kind, part, flat in held(optimizer):
         if kind != WEIGHTS:
             reader.read(f"{kind}/{part.spec.name}", part.piece, flat)
     for parameter in optimizer.buffers.parameters:
@@ -119,33 +119,9 @@ def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
     return Counters(**reader.meta["counters"])
 
 
-def load_initial(reader: store.Reader, config: Config, optimizer: AdamW) -> None:
-    """Fill the weights alone, for a new run: of any layout, any precision, and any run of the same model.
-
-    Where the checkpoint has master weights, its weights are those, rounded; so they are taken from the master weights.
-
-    Raises:
-        CheckpointError: tensors that are missing, unexpected, misshapen, damaged, or not finite in the run's precision.
-    """
-    kind = MASTER if any(name.startswith(f"{MASTER}/") for name in reader.tensors) else WEIGHTS
-    shapes = logical_shapes(config.model)
-    reader.expect({f"{kind}/{name}": shape for name, shape in shapes.items()}, among=f"{kind}/")
-    optimizer.buffers.settle()
-    for parameter in optimizer.buffers.parameters:
-        _read_weights(reader, parameter, kind)
-        if not parameter.isfinite().all():
-            raise CheckpointError(
-                f"{reader.path}: tensor {kind}/{spec_of(parameter).name} has elements that are not finite in"
-                f" {parameter.dtype}; take another checkpoint, or another train.precision"
-            )
-    for name, part, flat in _tensors(optimizer):
-        if name == MASTER:
-            reader.read(f"{kind}/{part.spec.name}", part.piece, flat)
-
-
-def model_differences(reader: store.Reader, config: Config) -> list[str]:
-    """Keys of the model in which a checkpoint's run differs from ``config``, a line for each."""
-    found, wanted = ({"model": each.document()["model"]} for each in (saved_config(reader), config))
+def model_differences(model: Model, config: Config) -> list[str]:
+    """Keys in which a checkpoint's model differs from that of ``config``, a line for each."""
+    found, wanted = ({"model": each.model_dump(mode="json")} for each in (model, config.model))
     return differences(found, wanted, "the checkpoint", "the config")
 
 
@@ -155,11 +131,11 @@ def load_weights(reader: store.Reader, stage: DecoderStage) -> None:
         _read_weights(reader, parameter)
 
 
-def _read_weights(reader: store.Reader, parameter: Tensor, kind: str = WEIGHTS) -> None:
+def _read_weights(reader: store.Reader, parameter: Tensor) -> None:
     spec = spec_of(parameter)
     with torch.no_grad():
         parameter.zero_()
-        reader.read(f"{kind}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
+        reader.read(f"{WEIGHTS}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
 
 
 def check_identity(reader: store.Reader, config: Config) -> None:
@@ -184,10 +160,18 @@ def check_tokenizer(reader: store.Reader, tokenizer: Tokenizer) -> None:
     Raises:
         DataError: the hashes differ.
     """
-    trained = reader.meta["tokenizer"]
+    refuse_tokenizer(reader.path, reader.meta["tokenizer"], tokenizer)
+
+
+def refuse_tokenizer(path: Path, trained: str, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose SHA-256 is not ``trained``, that of the weights at ``path``.
+
+    Raises:
+        DataError: the hashes differ.
+    """
     if tokenizer.sha256 != trained:
         raise DataError(
-            f"{tokenizer.path}: is not the tokenizer that {reader.path} was trained with (SHA-256"
+            f"{tokenizer.path}: is not the tokenizer that {path} was trained with (SHA-256"
             f" {tokenizer.sha256[:12]}, expected {trained[:12]}); give that one, in the config as data.tokenizer or"
             " with --tokenizer"
         )
@@ -219,14 +203,31 @@ def find(path: Path) -> Path:
 
 
 def saved_config(reader: store.Reader) -> Config:
-    """The config that a checkpoint was made with."""
+    """The config that a checkpoint was made with.
+
+    Raises:
+        CheckpointError: it holds weights only, or a config of another version.
+    """
+    if "config" not in reader.meta and "model" in reader.meta:
+        raise CheckpointError(
+            f"{reader.path}: holds weights only, and no run to go on with; begin a new run with them: --init-from"
+        )
     try:
         return Config.model_validate(reader.meta["config"])
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{reader.path}: holds no config that this version understands: {error}") from error
 
 
-def _tensors(optimizer: AdamW) -> Iterator[tuple[str, Part, Tensor]]:
+def saved_model(reader: store.Reader) -> Model:
+    """The model of a checkpoint of a run, or of one that holds weights only; whatever else the run's config says."""
+    meta = reader.meta
+    try:
+        return Model.model_validate(meta["model"] if "model" in meta else meta["config"]["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{reader.path}: holds no model that this version understands: {error}") from error
+
+
+def held(optimizer: AdamW) -> Iterator[tuple[str, Part, Tensor]]:
     """Kind, part and elements, for all that this rank's ranges of the buckets hold of the state."""
     buffers = optimizer.buffers
     for part in buffers.parts():
@@ -239,7 +240,7 @@ def _tensors(optimizer: AdamW) -> Iterator[tuple[str, Part, Tensor]]:
 
 def _entries(optimizer: AdamW, context: ParallelContext) -> Iterator[store.Entry]:
     dp = context.dp
-    for number, (kind, part, flat) in enumerate(_tensors(optimizer)):
+    for number, (kind, part, flat) in enumerate(held(optimizer)):
         spec, piece = part.spec, part.piece
         if not spec.owner:
             continue

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megapoly.checkpoint.accounting import check_tensors, some
 from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
 from megapoly.checkpoint.folders import MANIFEST, Keep, folder, prune
 from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
@@ -191,14 +192,27 @@ def _manifest(step: int, meta: dict[str, Any], reports: Sequence[dict[str, Any]]
 
 def _finish(final: Path, temporary: Path, manifest: dict[str, Any]) -> None:
     """Check that the pieces tile the tensors, write the manifest, and give the checkpoint its name."""
-    for name, tensor in manifest["tensors"].items():
-        check_tiling(name, tuple(tensor["shape"]), [(piece["file"], _piece(piece)) for piece in tensor["pieces"]])
-    rest = json.dumps(manifest, separators=(",", ":"), allow_nan=False)[1:].encode()
-    with BlockFile(temporary / MANIFEST) as file:
-        file.write(_checksum_line(rest) + rest)
+    _check_and_write(temporary / MANIFEST, manifest)
     sync_folder(temporary)
     os.rename(temporary, final)
     sync_folder(final.parent)
+
+
+def _check_and_write(path: Path, manifest: dict[str, Any]) -> None:
+    for name, tensor in manifest["tensors"].items():
+        check_tiling(name, tuple(tensor["shape"]), [(piece["file"], _piece(piece)) for piece in tensor["pieces"]])
+    rest = json.dumps(manifest, separators=(",", ":"), allow_nan=False)[1:].encode()
+    with BlockFile(path) as file:
+        file.write(_checksum_line(rest) + rest)
+
+
+def write_manifest(path: Path, step: int, meta: dict[str, Any], reports: Sequence[dict[str, Any]]) -> None:
+    """Write the manifest of files that are written already, as the one of :func:`save`.
+
+    Args:
+        reports: each with ``rows``, a piece of a tensor each, and ``files``, size and checksums by name.
+    """
+    _check_and_write(path, _manifest(step, meta, reports))
 
 
 def _checksum_line(rest: bytes) -> bytes:
@@ -219,7 +233,7 @@ class Damage:
     tensors: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.file} bytes {self.start} to {self.stop} ({_some(self.tensors)})"
+        return f"{self.file} bytes {self.start} to {self.stop} ({some(self.tensors)})"
 
 
 class Reader:
@@ -291,20 +305,9 @@ class Reader:
         Raises:
             CheckpointError: listing by name what is missing, unexpected, or of another shape.
         """
-        missing = [name for name in shapes if name not in self.tensors]
-        unexpected = [name for name in self.tensors if name.startswith(among) and name not in shapes]
-        other = [
-            f"{name} {list(self.tensors[name][0])}, expected {list(shape)}"
-            for name, shape in shapes.items()
-            if name in self.tensors and self.tensors[name][0] != tuple(shape)
-        ]
-        found = {"missing": missing, "unexpected": unexpected, "of another shape": other}
-        parts = [f"{len(names)} {what}: {_some(names)}" for what, names in found.items() if names]
-        if parts:
-            raise CheckpointError(
-                f"{self.path}: a checkpoint of another model; tensors {'; '.join(parts)}."
-                " Use the model that it was saved with, or another checkpoint"
-            )
+        found = {name: shape for name, (shape, _) in self.tensors.items() if name.startswith(among) or name in shapes}
+        what, advice = "a checkpoint of another model", "Use the model that it was saved with, or another checkpoint"
+        check_tensors(self.path, found, shapes, what, advice)
 
     def pieces(self, name: str) -> int:
         """In how many pieces a tensor is stored."""
@@ -337,7 +340,7 @@ class Reader:
         """
         damaged = [str(each) for each in self.damage()]
         if damaged:
-            raise CheckpointError(f"{self.path}: damaged: {_some(damaged)}; move its folder away to use the one before")
+            raise CheckpointError(f"{self.path}: damaged: {some(damaged)}; move its folder away to use the one before")
 
     def _names_at(self, file: TensorFile, start: int, stop: int) -> list[str]:
         """Tensors with bytes in a range of a file; nobody knows where its header is damaged."""
@@ -370,7 +373,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if line + newline != _checksum_line(rest):
         raise CheckpointError(f"{damaged} (its CRC-32 is {zlib.crc32(rest):08x}, its first line has {line!r})")
     return document
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

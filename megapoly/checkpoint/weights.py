@@ -6,18 +6,26 @@ needs weights, a new run, ``generate`` or ``convert``, reads the pieces that it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megapoly.checkpoint import folders, state
+from megapoly.checkpoint import folders, huggingface, state
+from megapoly.checkpoint.accounting import check_tensors
+from megapoly.checkpoint.huggingface import HuggingFace
 from megapoly.checkpoint.store import Reader
-from megapoly.config import Model
+from megapoly.config import Config, Model
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.errors import CheckpointError
+from megapoly.layers.call import spec_of
+from megapoly.optim.adam import AdamW
 from megapoly.spec import Index, Piece
+
+TOKENIZER = "tokenizer"  # folder of a tokenizer's files, in a converted checkpoint
 
 
 class Weights(Protocol):
@@ -27,7 +35,9 @@ class Weights(Protocol):
         path: what was opened, for messages.
         model: the decoder that they are of.
         tensors: shape and stored dtype by logical name, in the order of the model: just those of ``model``.
+        notes: sentences for the user about what was assumed.
         tokenizer: the tokenizer's files, ``tokenizer.model`` or the like; empty where the format holds none.
+        tokenizer_sha256: of the SentencePiece model that they were trained with; None where it is not known.
         files: all that is read, for :func:`megapoly.checkpoint.unfinished.fingerprint`.
         origin: plain values that no format but the one of their key needs, and that conversions hand on:
             ``{"huggingface": {"config": ..., "generation_config": ...}}``.
@@ -36,7 +46,9 @@ class Weights(Protocol):
     path: Path
     model: Model
     tensors: Mapping[str, tuple[Index, torch.dtype]]
+    notes: list[str]
     tokenizer: tuple[Path, ...]
+    tokenizer_sha256: str | None
     files: tuple[Path, ...]
     origin: Mapping[str, Any]
 
@@ -68,38 +80,111 @@ class Options:
 
 
 class Native:
-    """The weights of a checkpoint of megapoly, or of a run's newest.
+    """The weights of a checkpoint of megapoly, or of a run's newest; of a run, or converted: weights alone.
 
-    Where the checkpoint has master weights, its weights are those, rounded; a wider dtype is filled with these.
+    Where the checkpoint has master weights, its weights are those, rounded; another dtype is filled from these.
     """
 
     def __init__(self, path: Path) -> None:
         self._reader = Reader(state.find(path))
-        config = state.saved_config(self._reader)
-        self.path, self.model = self._reader.path, config.model
+        meta = self._reader.meta
+        self.path, self.model = self._reader.path, state.saved_model(self._reader)
         shapes = state.logical_shapes(self.model)
-        self._reader.expect({f"{state.WEIGHTS}/{name}": shape for name, shape in shapes.items()}, f"{state.WEIGHTS}/")
+        for kind in (state.WEIGHTS, state.MASTER):
+            if kind == state.WEIGHTS or any(name.startswith(f"{kind}/") for name in self._reader.tensors):
+                self._reader.expect({f"{kind}/{name}": shape for name, shape in shapes.items()}, f"{kind}/")
         self.tensors: Mapping[str, tuple[Index, torch.dtype]] = {
             name: self._reader.tensors[f"{state.WEIGHTS}/{name}"] for name in shapes
         }
-        tokenizer = config.data.tokenizer
-        self.tokenizer: tuple[Path, ...] = (tokenizer,) if tokenizer.exists() else ()
-        self.files: tuple[Path, ...] = (self.path / folders.MANIFEST,)  # it has the checksums of the others
-        self.origin: Mapping[str, Any] = self._reader.meta.get("origin", {})
+        self.notes: list[str] = []
+        self.tokenizer = self._tokenizer()
+        self.tokenizer_sha256: str | None = meta.get("tokenizer")
+        self.files: tuple[Path, ...] = (self.path / folders.MANIFEST, *self.tokenizer)  # it has the others' checksums
+        self.origin: Mapping[str, Any] = meta.get("origin", {})
 
     def read(self, name: str, piece: Piece, out: Tensor) -> None:
-        stored = self.tensors[name][1]
-        masters = out.dtype.itemsize > stored.itemsize and f"{state.MASTER}/{name}" in self._reader.tensors
+        masters = out.dtype != self.tensors[name][1] and f"{state.MASTER}/{name}" in self._reader.tensors
         self._reader.read(f"{state.MASTER if masters else state.WEIGHTS}/{name}", piece, out)
 
     def release(self) -> None:
         self._reader.release()
 
+    def _tokenizer(self) -> tuple[Path, ...]:
+        if "config" in self._reader.meta:
+            path = Path(self._reader.meta["config"]["data"]["tokenizer"])
+            return (path,) if path.is_file() else ()
+        hashes: Mapping[str, str] = self._reader.meta.get("tokenizer_files", {})
+        paths = {self.path / TOKENIZER / name: digest for name, digest in hashes.items()}
+        for path, digest in paths.items():
+            if not path.is_file() or huggingface.sha256(path) != digest:
+                raise CheckpointError(
+                    f"{path}: is {'not the file that was written' if path.is_file() else 'missing'}; make the"
+                    " checkpoint again with megapoly convert"
+                )
+        return tuple(paths)
+
+
+def find(path: Path) -> Path:
+    """The folder that :func:`open_weights` opens for ``path``: of a run the newest checkpoint, else the path itself.
+
+    Raises:
+        CheckpointError: there are no weights.
+    """
+    return path if _format(path) is not Native else state.find(path)
+
 
 def open_weights(path: Path) -> Weights:
-    """The weights at ``path``: a run folder, a folder of checkpoints, or a checkpoint.
+    """The weights at ``path``: a run folder, a folder of checkpoints, a checkpoint, or a folder of Hugging Face.
 
     Raises:
         CheckpointError: there are none, or they are damaged, or not all of the model is there.
     """
-    return Native(path)
+    return _format(path)(path)
+
+
+def _format(path: Path) -> type[HuggingFace] | type[Native]:
+    own = (path / folders.MANIFEST).exists() or (path / folders.CHECKPOINTS).is_dir()
+    return HuggingFace if not own and huggingface.is_folder(path) else Native
+
+
+def fill(weights: Weights, parameters: Iterable[nn.Parameter]) -> None:
+    """Fill parameters with their boxes of the logical tensors, in their own dtype; padding becomes zero."""
+    for parameter in parameters:
+        spec = spec_of(parameter)
+        with torch.no_grad():
+            parameter.zero_()
+            weights.read(spec.name, Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
+
+
+def load_initial(weights: Weights, config: Config, optimizer: AdamW) -> None:
+    """Fill the weights alone, for a new run: of any layout, any precision, any format.
+
+    Raises:
+        CheckpointError: tensors that are missing, unexpected, misshapen, damaged, or not finite in the run's precision.
+    """
+    found = {name: shape for name, (shape, _) in weights.tensors.items()}
+    advice = "Use the model that it was saved with, or another checkpoint"
+    check_tensors(weights.path, found, state.logical_shapes(config.model), "a checkpoint of another model", advice)
+    optimizer.buffers.settle()
+    for parameter in optimizer.buffers.parameters:
+        fill(weights, [parameter])
+        if not parameter.isfinite().all():
+            raise CheckpointError(
+                f"{weights.path}: tensor {spec_of(parameter).name} has elements that are not finite in"
+                f" {parameter.dtype}; take another checkpoint, or another train.precision"
+            )
+        weights.release()
+    for kind, part, flat in state.held(optimizer):
+        if kind == state.MASTER:
+            weights.read(part.spec.name, part.piece, flat)
+    weights.release()
+
+
+def check_tokenizer(weights: Weights, tokenizer: Tokenizer) -> None:
+    """Refuse another tokenizer than the one that the weights were trained with, as far as it is known.
+
+    Raises:
+        DataError: the hashes differ.
+    """
+    if weights.tokenizer_sha256 is not None:
+        state.refuse_tokenizer(weights.path, weights.tokenizer_sha256, tokenizer)

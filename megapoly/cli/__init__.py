@@ -14,6 +14,7 @@ from megapoly import __version__
 from megapoly.cli.bench import bench_app
 from megapoly.cli.checkpoint import checkpoint_app
 from megapoly.cli.common import SETTINGS
+from megapoly.cli.convert import convert
 from megapoly.cli.data import data_app
 from megapoly.cli.plan import plan_app
 from megapoly.cli.tokenizer import tokenizer_app
@@ -33,6 +34,8 @@ for name, part in (
     ("bench", bench_app),
 ):
     app.add_typer(part, name=name)
+
+app.command("convert")(convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

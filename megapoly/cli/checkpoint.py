@@ -155,10 +155,8 @@ def _about(reader: Reader) -> list[str]:
     counters = meta.get("counters", {})
     where = ", ".join(f"{name} {counters[name]:,}" for name in ("sample", "tokens") if name in counters)
     size = sum(reader.files.values()) / 1e6
-    lines = [
-        f"{reader.path}: step {reader.step:,}{', ' + where if where else ''};"
-        f" {len(reader.files)} files of tensors, {size:,.2f} MB"
-    ]
+    what = "weights only" if "model" in meta else f"step {reader.step:,}{', ' + where if where else ''}"
+    lines = [f"{reader.path}: {what}; {len(reader.files)} files of tensors, {size:,.2f} MB"]
     if "layout" in meta:
         lines.append(f"written by {meta['layout']}")
     return lines

@@ -124,6 +124,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._model.decode(list(ids)))
 
+    def piece(self, i: int) -> str:
+        """The piece with id ``i`` as SentencePiece writes it."""
+        return str(self._model.id_to_piece(i))
+
+    def is_special(self, i: int) -> bool:
+        """Whether id ``i`` stands for no text: a control piece, or the unknown one."""
+        return bool(self._model.is_control(i) or self._model.is_unknown(i))
+
     def is_byte(self, i: int) -> bool:
         """Whether id ``i`` is a byte piece."""
         return bool(self._model.is_byte(i))

@@ -104,8 +104,8 @@ def test_another_model_is_refused_by_tensor(toml: Path, source: Path, tmp_path: 
     with pytest.raises(CheckpointError) as error:
         begin(toml, tmp_path / "run", source, f"model.layers={layers + 1}")
     assert "a checkpoint of another model" in str(error.value)
-    assert f"missing: weights/layers.{layers}." in str(error.value)
-    with pytest.raises(CheckpointError, match=rf"unexpected: weights/layers\.{layers - 1}\."):
+    assert f"missing: layers.{layers}." in str(error.value)
+    with pytest.raises(CheckpointError, match=rf"unexpected: layers\.{layers - 1}\."):
         begin(toml, tmp_path / "run", source, f"model.layers={layers - 1}")
     with pytest.raises(CheckpointError, match=r"of another shape: .*, expected \["):
         begin(toml, tmp_path / "run", source, f"model.ffn={2 * config.load(toml).model.ffn}")
@@ -137,9 +137,8 @@ def test_what_is_not_there_or_does_not_fit_never_becomes_random_weights(
     file.write_bytes(raw)
     crc32 = [zlib.crc32(raw[at : at + 2**20]) for at in range(0, len(raw), 2**20)]
     rewrite(inf, files={file.name: {"bytes": len(raw), "crc32": crc32}})
-    with pytest.raises(
-        CheckpointError, match=rf"tensor {name.partition('@')[0]} has elements that are not finite in torch.float32"
-    ):
+    logical = name.partition("@")[0].removeprefix("weights/")
+    with pytest.raises(CheckpointError, match=rf"tensor {logical} has elements that are not finite in torch.float32"):
         begin(toml, tmp_path / "run", inf, "train.precision='fp32'")
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,70 @@
+"""The tokenizer's files for transformers: those that the weights came with, or made of a SentencePiece model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megapoly.checkpoint.huggingface import SENTENCEPIECE
+from megapoly.data.huggingface_export import make_tokenizer_json
+from megapoly.data.tokenizer import Tokenizer
+
+Write = Callable[[Path], object]
+
+
+def own_model(paths: Sequence[Path]) -> Path | None:
+    """The SentencePiece model of a megapoly run; None where the files are those of transformers."""
+    return paths[0] if len(paths) == 1 and paths[0].suffix == ".model" else None
+
+
+def end_ids(paths: Sequence[Path]) -> dict[str, int]:
+    """``bos_token_id`` and ``eos_token_id`` of a run's tokenizer.
+
+    Both are </s>: it ends a document, and a document begins after it. <s> was never trained.
+    """
+    model = own_model(paths)
+    if model is None:
+        return {}
+    end = Tokenizer.load(model).eod
+    return {"bos_token_id": end, "eos_token_id": end}
+
+
+def tokenizer_files(paths: Sequence[Path]) -> tuple[dict[str, Write], list[str]]:
+    """What writes each file, by name, and sentences about what is not as it should be."""
+    model = own_model(paths)
+    if model is None:
+        return {path.name: _copy(path) for path in paths}, []
+    files = {SENTENCEPIECE: _copy(model)}
+    tokenizer = Tokenizer.load(model)
+    content = make_tokenizer_json(tokenizer)
+    if content is None:
+        return files, [
+            f"{model}: not written as tokenizer.json, which transformers needs for the same ids (it takes the package"
+            " tokenizers and a byte-pair model without normalisation); use tokenizer.model with sentencepiece"
+        ]
+    end = tokenizer.piece(tokenizer.eod)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": tokenizer.piece(0),
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    files["tokenizer.json"] = _bytes(content)
+    files["tokenizer_config.json"] = _bytes((json.dumps(config, indent=2) + "\n").encode())
+    return files, []
+
+
+def _copy(path: Path) -> Write:
+    def copy(target: Path) -> None:
+        shutil.copyfile(path, target)
+
+    return copy
+
+
+def _bytes(content: bytes) -> Write:
+    return lambda target: target.write_bytes(content)

@@ -1,0 +1,145 @@
+"""The files of weights in a Hugging Face folder, whose tensors are views of maps: safetensors, or torch's own."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megapoly.checkpoint.accounting import some
+from megapoly.checkpoint.files import CODES
+from megapoly.errors import CheckpointError
+from megapoly.spec import Index
+
+SAFETENSORS, PYTORCH = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+class TensorFiles:
+    """All tensors of a folder by name; opening reads headers.
+
+    Attributes:
+        files: that hold them.
+        tensors: shape and dtype by name.
+
+    Raises:
+        CheckpointError: there are none, one is missing or damaged, or two hold the same tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = _files(folder)
+        self._open: dict[Path, Mapping[str, Any]] = {}
+        self._at: dict[str, Path] = {}
+        self.tensors: dict[str, tuple[Index, torch.dtype]] = {}
+        for path in self.files:
+            for name, found in _headers(path).items():
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is in {self._at[name].name} too; remove the file that does not belong"
+                        " to these weights"
+                    )
+                self.tensors[name], self._at[name] = found, path
+
+    def get(self, name: str) -> Tensor:
+        """A tensor whose bytes are read when they are touched."""
+        path = self._at[name]
+        if path not in self._open:
+            self._open[path] = _guarded(path, lambda: _opened(path))
+        tensor: Tensor = _guarded(path, lambda: self._open[path][name])
+        return tensor
+
+    def release(self) -> None:
+        """Give back the maps, once no tensor is held, and with them the memory that their pages take."""
+        self._open.clear()
+
+
+class _Safetensors(Mapping[str, Any]):
+    """``safe_open`` as a mapping."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Any:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+    def headers(self) -> dict[str, tuple[Index, torch.dtype]]:
+        slices = {name: self._file.get_slice(name) for name in self}
+        return {name: (tuple(each.get_shape()), _dtype(name, each.get_dtype())) for name, each in slices.items()}
+
+
+def _dtype(name: str, code: str) -> torch.dtype:
+    dtype = _DTYPES.get(code)
+    if dtype is None:
+        raise ValueError(f"tensor {name!r} has dtype {code}, which is not one of {', '.join(_DTYPES)}")
+    return dtype
+
+
+def _opened(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".safetensors":
+        return _Safetensors(path)
+    found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
+        raise ValueError("it holds other things than tensors by name")
+    return found
+
+
+def _headers(path: Path) -> dict[str, tuple[Index, torch.dtype]]:
+    def read() -> dict[str, tuple[Index, torch.dtype]]:
+        opened = _opened(path)
+        if isinstance(opened, _Safetensors):
+            return opened.headers()
+        return {name: (tuple(each.shape), each.dtype) for name, each in opened.items()}
+
+    return _guarded(path, read)
+
+
+def _guarded(path: Path, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path}: cannot be read as a file of weights ({reason}); it may be cut short: compare its size with the"
+            " source's, and copy it again"
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    for name in (SAFETENSORS, PYTORCH):
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}{INDEX}"
+        if index.exists():
+            return _shards(index)
+    raise CheckpointError(
+        f"{folder}: has no weights: none of {SAFETENSORS}, {SAFETENSORS}{INDEX}, {PYTORCH}, {PYTORCH}{INDEX}; copy them"
+        " into it"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        paths = [index.parent / name for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: is no index of weights ({error!r}); copy it again from its source") from error
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} of its {len(paths)} files are missing: {some(missing)}; copy them"
+        )
+    return paths

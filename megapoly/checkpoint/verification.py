@@ -1,0 +1,106 @@
+"""Whether two sets of weights are one model: logits of both for random tokens, and those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megapoly.checkpoint.huggingface import HuggingFace
+from megapoly.checkpoint.weights import Weights, fill, open_weights
+from megapoly.errors import CheckpointError
+from megapoly.layers.call import Call, Place
+from megapoly.models.decoder import DecoderStage
+
+_BATCH, _LENGTH = 4, 48
+_ROUNDINGS = 16  # allowed difference, in steps of the coarser dtype
+_PEER = 1e-3  # the same for transformers in float32, which computes in another order
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of two models for the same tokens.
+
+    Attributes:
+        what: was compared.
+        difference: the largest, relative to the largest logit.
+        bound: that it has to stay within; 0 where they have to be equal.
+        inputs: tokens in all.
+    """
+
+    what: str
+    difference: float
+    bound: float
+    inputs: int
+
+
+def verify(source: Path, written: Path, tell: Callable[[str], object]) -> Iterator[Comparison]:
+    """Open both anew and compare their logits; where one is of Hugging Face, also with transformers' own.
+
+    The models are loaded, one at a time, in float32 (float64 where they are stored in it). ``tell`` hears what cannot
+    be compared, without transformers.
+
+    Raises:
+        CheckpointError: the logits differ by more than the change of dtype explains.
+    """
+    both = [open_weights(source), open_weights(written)]
+    dtypes = [_dtype(each) for each in both]
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    model = both[0].model
+    draw = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(model.vocabulary, (_BATCH, min(_LENGTH, model.positions)), generator=draw)
+    first, second = (_logits(each, tokens_BS, wide) for each in both)
+    same = all(both[0].tensors[name][1] == both[1].tensors[name][1] for name in both[0].tensors)
+    bound = 0.0 if same else _ROUNDINGS * max(torch.finfo(dtype).eps for dtype in dtypes)
+    yield _compare(f"{source} and {written}", first, second, bound)
+    for weights, logits in zip(both, (first, second), strict=True):
+        if isinstance(weights, HuggingFace):
+            theirs = _peer(weights.path, tokens_BS, wide)
+            if theirs is None:
+                tell(f"{weights.path}: not compared with transformers: pip install 'megapoly[convert]'")
+            else:
+                yield _compare(f"{weights.path} with transformers' own", logits, theirs, _PEER)
+
+
+def _dtype(weights: Weights) -> torch.dtype:
+    """The coarsest stored one."""
+    return max((dtype for _, dtype in weights.tensors.values()), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def _logits(weights: Weights, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    stage = DecoderStage(weights.model, place=Place(dtype=dtype))
+    for parameter in stage.parameters():
+        fill(weights, [parameter])
+        weights.release()
+    positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
+    logits_SBV: Tensor = stage(None, Call(positions_BS.t(), tokens_SB=tokens_BS.t()))
+    return logits_SBV.transpose(0, 1)
+
+
+@torch.no_grad()
+def _peer(path: Path, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
+    try:
+        from transformers import AutoModelForCausalLM, logging
+    except ImportError:
+        return None
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+    logits: Tensor = model(tokens_BS).logits
+    return logits
+
+
+def _compare(what: str, first: Tensor, second: Tensor, bound: float) -> Comparison:
+    scale = float(first.abs().max())
+    gap = float((first - second).abs().max())
+    difference = gap / scale if scale else gap
+    if not difference <= bound:  # not a number, too
+        raise CheckpointError(
+            f"{what}: are not the same model: for {first.shape[0]} x {first.shape[1]} random tokens the logits differ"
+            f" by {difference:.3g} of the largest one, and {bound:.3g} is allowed; convert again, and report this if it"
+            " stays"
+        )
+    return Comparison(what, difference, bound, first.shape[0] * first.shape[1])

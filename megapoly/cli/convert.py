@@ -1,0 +1,102 @@
+"""``megapoly convert``: weights from one format to another."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from megapoly.cli.common import make_bar
+from megapoly.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megapoly.checkpoint.convert import Converted
+
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A run folder, a checkpoint, or a folder of Hugging Face.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
+    to: Annotated[
+        Literal["megapoly", "huggingface"] | None,
+        typer.Option(help="Format of DST.  [default: huggingface from megapoly's own, else megapoly]"),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Of all tensors.  [default: as they are]")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="From which on another file begins.")] = "5GB",
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Afterwards load both and compare their logits for random tokens; also with"
+            " transformers' own where a side is Hugging Face's. Needs memory for a model in float32.",
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model to write, in place of the one that SRC has.")
+    ] = None,
+) -> None:
+    """Convert the weights of a model from one format to another.
+
+    Streams tensor by tensor. Interrupted, the same command goes on after the files that are finished.
+
+    [bold]Example:[/bold] megapoly convert runs/demo hf/demo --dtype bfloat16 --verify
+    """  # fmt: skip
+    import torch
+
+    from megapoly.checkpoint import convert as conversion
+    from megapoly.checkpoint.weights import Options, open_weights
+
+    options = Options(dtype=getattr(torch, dtype) if dtype else None, shard_bytes=_bytes(shard_size))
+    weights = open_weights(source)
+    if tokenizer is not None:
+        conversion.use_tokenizer(weights, tokenizer)
+    begin = time.perf_counter()
+    with make_bar(target.name) as (bar, task):
+        bar.update(task, total=conversion.size(weights, options))
+        done = conversion.convert(
+            weights,
+            target,
+            to or conversion.natural_format(weights),
+            options,
+            tell=bar.console.print if bar.console.is_terminal else print,
+            progress=lambda size: bar.advance(task, size),
+        )
+    seconds = time.perf_counter() - begin
+    if verify:
+        _verify(source, target)
+    print(
+        f"{target}: {done.format}, {done.tensors:,} tensors in {done.files} files, {done.bytes / 1e6:,.2f} MB in"
+        f" {seconds:.1f} s ({done.bytes / 1e6 / seconds:,.0f} MB/s). {_next(done)}"
+    )
+
+
+def _verify(source: Path, target: Path) -> None:
+    from megapoly.checkpoint.verification import verify
+
+    for each in verify(source, target, tell=print):
+        within = "are equal" if not each.difference else f"differ by {each.difference:.2g} of the largest"
+        bound = "" if not each.bound else f" (allowed {each.bound:.2g})"
+        print(f"verified {each.what}: the logits of {each.inputs} random tokens {within}{bound}")
+
+
+def _next(done: Converted) -> str:
+    if done.format == "huggingface":
+        return f"Next: AutoModelForCausalLM.from_pretrained({str(done.path)!r}), or megapoly generate {done.path}"
+    return f"Next: megapoly train CONFIG --init-from {done.path}, or megapoly generate {done.path}"
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper() or "B") if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size < 1:
+        raise ConfigError(f"--shard-size {text!r}: expected a size such as 5GB, 500MB or 2GiB")
+    return size
