@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megapoly.checkpoint.files import CODES, write_tensors
 from megapoly.checkpoint.huggingface import CONFIG, GENERATION_CONFIG, sha256
 from megapoly.checkpoint.huggingface_config import to_config
 from megapoly.checkpoint.huggingface_tokenizer import end_ids, tokenizer_files
-from megapoly.checkpoint.streams import Stream
+from megapoly.checkpoint.streams import Stream, ahead
 from megapoly.checkpoint.tensor_files import INDEX
 from megapoly.checkpoint.unfinished import Unfinished
 from megapoly.checkpoint.weights import TOKENIZER, Options, Weights
@@ -58,7 +58,7 @@ def export_huggingface(weights: Weights, unfinished: Unfinished, options: Option
     shards = _shards(stored, options.shard_bytes)
     names = _names("model{}.safetensors", len(shards))
     for name, shard in zip(names, shards, strict=True):
-        _write(unfinished, name, shard, weights, progress)
+        _write(unfinished, name, shard, weights, progress, checksums=False)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(each.bytes for each in stored)},
@@ -84,7 +84,7 @@ def export_native(weights: Weights, unfinished: Unfinished, options: Options, pr
     shards = _shards(stored, options.shard_bytes)
     rows, files = [], {}
     for name, shard in zip(_names("weights{}.safetensors", len(shards)), shards, strict=True):
-        files[name] = _write(unfinished, name, shard, weights, progress)
+        files[name] = _write(unfinished, name, shard, weights, progress, checksums=True)
         for each in shard:
             place = {"start": [0] * len(each.shape), "stop": list(each.shape), "range": [0, math.prod(each.shape)]}
             piece = {"file": name, "key": each.key, **place}
@@ -134,7 +134,13 @@ def _names(pattern: str, count: int) -> list[str]:
 
 
 def _write(
-    unfinished: Unfinished, name: str, shard: Sequence[_Stored], weights: Weights, progress: Progress
+    unfinished: Unfinished,
+    name: str,
+    shard: Sequence[_Stored],
+    weights: Weights,
+    progress: Progress,
+    *,
+    checksums: bool,
 ) -> dict[str, Any]:
     """A file of tensors, unless it is finished; its size and checksums."""
     ordered = sorted(shard, key=lambda each: -each.dtype.itemsize)  # every tensor aligned to its own size
@@ -149,12 +155,14 @@ def _write(
         header[each.key] = {"dtype": CODES[each.dtype], "shape": list(each.shape), "data_offsets": offsets}
         at = offsets[1]
 
-    def parts() -> Iterable[torch.Tensor]:
+    def parts() -> Iterator[torch.Tensor]:
         stream = Stream(weights, progress)
         for each in ordered:
             yield from each.parts(stream)
 
-    record: dict[str, Any] = unfinished.finish_file(name, lambda path: write_tensors(path, header, parts()))
+    record: dict[str, Any] = unfinished.finish_file(
+        name, lambda path: write_tensors(path, header, ahead(parts()), checksums)
+    )
     weights.release()
     return record
 

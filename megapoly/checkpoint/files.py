@@ -31,14 +31,16 @@ CODES = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
-def write_tensors(path: Path, header: dict[str, Any], tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
+def write_tensors(
+    path: Path, header: dict[str, Any], tensors: Iterable[torch.Tensor], checksums: bool = True
+) -> dict[str, Any]:
     """Write a new safetensors file; ``header`` describes the tensors in their order. Returns its size and checksums.
 
-    ``tensors`` may be parts of those of the header, one after another.
+    ``tensors`` may be parts of those of the header, one after another. Without ``checksums`` there are none.
     """
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with BlockFile(path) as file:
+    with BlockFile(path, checksums) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
@@ -53,8 +55,9 @@ class BlockFile:
     The disk begins with what is written long before it is synced, and works while the rest is checksummed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checksums: bool = True) -> None:
         self.bytes = 0
+        self._checksums = checksums
         self.crc32: list[int] = []
         self._begun = 0
         self._file = open(path, "xb")  # noqa: SIM115 - closed by __exit__
@@ -71,10 +74,11 @@ class BlockFile:
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         while rest:
-            if self.bytes % BLOCK == 0:
+            if self.bytes % BLOCK == 0 and self._checksums:
                 self.crc32.append(0)
             part, rest = rest[: BLOCK - self.bytes % BLOCK], rest[BLOCK - self.bytes % BLOCK :]
-            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
+            if self._checksums:
+                self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
             self._file.write(part)
             self.bytes += len(part)
             if self.bytes - self._begun >= _EARLY and hasattr(os, "posix_fadvise"):  # not on macOS
