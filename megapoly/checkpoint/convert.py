@@ -13,14 +13,17 @@ import torch
 from megapoly.checkpoint import weights as formats
 from megapoly.checkpoint.accounting import check_tensors
 from megapoly.checkpoint.export import export_huggingface, export_native
+from megapoly.checkpoint.megatron_export import export_megatron
 from megapoly.checkpoint.unfinished import Unfinished, fingerprint
 from megapoly.checkpoint.weights import Options, Weights
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import CheckpointError
 
-Format = Literal["megapoly", "huggingface"]
+Format = Literal["megapoly", "huggingface", "megatron"]
 Export = Callable[[Weights, Unfinished, Options, Callable[[int], object]], list[str]]
-EXPORTS: dict[Format, Export] = {"megapoly": export_native, "huggingface": export_huggingface}
+EXPORTS: dict[Format, Export] = {
+    "megapoly": export_native, "huggingface": export_huggingface, "megatron": export_megatron,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
