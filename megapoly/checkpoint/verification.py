@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megapoly.checkpoint.huggingface import HuggingFace
-from megapoly.checkpoint.weights import Weights, fill, open_weights
+from megapoly.checkpoint.weights import Weights, open_weights
 from megapoly.errors import CheckpointError
-from megapoly.layers.call import Call, Place
+from megapoly.layers.call import Call, Place, spec_of
 from megapoly.models.decoder import DecoderStage
+from megapoly.spec import Piece
 
 _BATCH, _LENGTH = 4, 48
 _ROUNDINGS = 16  # allowed difference, in steps of the coarser dtype
@@ -76,7 +77,10 @@ def _dtype(weights: Weights) -> torch.dtype:
 def _logits(weights: Weights, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     stage = DecoderStage(weights.model, place=Place(dtype=dtype))
     for parameter in stage.parameters():
-        fill(weights, [parameter])
+        spec = spec_of(parameter)
+        stored = torch.empty(spec.box.size, dtype=weights.tensors[spec.name][1])  # not of the master weights
+        weights.read(spec.name, Piece.of(spec.box), stored)
+        parameter.copy_(stored.view(parameter.shape))
         weights.release()
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
     logits_SBV: Tensor = stage(None, Call(positions_BS.t(), tokens_SB=tokens_BS.t()))

@@ -14,8 +14,10 @@ from rich.console import Console
 
 from megapoly import config
 from megapoly.checkpoint import examine
+from megapoly.checkpoint.convert import convert
 from megapoly.checkpoint.folders import newest
 from megapoly.checkpoint.store import Reader
+from megapoly.checkpoint.weights import Options, open_weights
 from megapoly.cli import main
 from megapoly.context import ParallelContext
 from megapoly.errors import CheckpointError, ConfigError, DataError
@@ -77,6 +79,29 @@ def test_any_layout_begins_with_the_same_weights(toml: Path, source: Path, tmp_p
         losses = [event["loss"] for event in lines(folder, "train")]
         first = first or losses
         assert losses == pytest.approx(first, rel=1e-9)
+
+
+def test_a_folder_of_hugging_face(toml: Path, source: Path, tmp_path: Path) -> None:
+    """A step under tp 2 and in one process: the losses of a run that begins with the checkpoint that it was made of."""
+    weights = open_weights(source)
+    convert(weights, tmp_path / "hf", "huggingface", Options(shard_bytes=50_000))
+    run_cases(1, save_and_step, [(toml, tmp_path / "one", source, (1, 1, 1))], timeout=300)
+    run_cases(2, save_and_step, [(toml, tmp_path / "tp", tmp_path / "hf", (1, 1, 2))], timeout=300)
+    readers = [Reader(tmp_path / name / "checkpoints" / "step-00000000") for name in ("one", "tp")]
+    compared = list(examine.compare(*readers, "weights/*"))
+    assert len(compared) > 10
+    assert all(each.same for each in compared)
+    losses = [[event["loss"] for event in lines(tmp_path / name, "train")] for name in ("one", "tp")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    # It says what it is of, and asks for its tokenizer.
+    run = begin(toml, tmp_path / "same", tmp_path / "hf")
+    assert run.began[0] == f"begins with the weights of {tmp_path / 'hf'}"
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(DataError, match="is not the tokenizer that"):
+        begin(toml, tmp_path / "other", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    run = begin(toml, tmp_path / "unknown", tmp_path / "hf")
+    assert run.began[0].endswith("hf, which does not tell the tokenizer that it was trained with")
 
 
 def test_other_precisions(toml: Path, source: Path, tmp_path: Path) -> None:
