@@ -78,8 +78,8 @@ class _Pickler(pickle.Pickler):
         return "storage", _CLASSES[tensor.dtype], str(len(self.tensors) - 1), "cpu", math.prod(tensor.shape)
 
 
-def write_torch(path: Path, value: Any) -> None:
-    """Write a new file that holds ``value``; a :class:`NewTensor` in it is a tensor there."""
+def write_torch(path: Path, value: Any) -> int:
+    """Write a new file that holds ``value``; a :class:`NewTensor` in it is a tensor there. Returns its bytes."""
     text = io.BytesIO()
     pickler = _Pickler(text)
     pickler.dump(value)
@@ -90,6 +90,7 @@ def write_torch(path: Path, value: Any) -> None:
             parts = (part.contiguous().view(torch.uint8).numpy().data for part in tensor.parts())
             _add(archive, f"data/{number}", tensor.bytes, parts)
         _add(archive, "version", 2, [memoryview(b"3\n")])
+    return path.stat().st_size
 
 
 def _add(archive: zipfile.ZipFile, name: str, size: int, parts: Iterable[memoryview]) -> None:

@@ -1,4 +1,7 @@
-"""megatron-core's GPTModel on CPUs: it loads a rank's file, strictly, and computes logits. Imported in ranks only."""
+"""megatron-core's GPTModel on CPUs: it loads a rank's file, strictly, saves it again and computes logits.
+
+Imported in ranks only, whose processes it changes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignme
 Tensor.cuda = lambda self, *args, **keys: self  # type: ignore[method-assign] # its tied weights go over a GPU
 
 
-def logits(folder: Path, tokens_BS: Tensor) -> Tensor | None:
+def logits(folder: Path, again: Path, tokens_BS: Tensor) -> Tensor | None:
     """Of this rank's share of the vocabulary, in the dtype of the files; None but on the last stage."""
     args = _load(next((folder / "release").glob("mp_rank_*")))["args"]
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -33,6 +36,9 @@ def logits(folder: Path, tokens_BS: Tensor) -> Tensor | None:
             name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
         model = build(args).to(args.params_dtype)  # its norms are made in float32
         model.load_state_dict(_load(folder / "release" / name)["model"], strict=True)
+        if parallel_state.get_data_parallel_rank() == 0:
+            value = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model.state_dict()}
+            torch.save(value, again / "release" / name / "model_optim_rng.pt")
         return forward(model.eval(), args, tokens_BS)
     finally:
         parallel_state.destroy_model_parallel()
