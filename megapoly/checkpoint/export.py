@@ -18,7 +18,7 @@ from megapoly.checkpoint.families import Slot, slots
 from megapoly.checkpoint.files import CODES, write_tensors
 from megapoly.checkpoint.huggingface import CONFIG, GENERATION_CONFIG, sha256
 from megapoly.checkpoint.huggingface_config import to_config
-from megapoly.checkpoint.huggingface_tokenizer import end_ids, tokenizer_files
+from megapoly.checkpoint.huggingface_tokenizer import end_ids, plain_name, tokenizer_files
 from megapoly.checkpoint.streams import Stream, ahead
 from megapoly.checkpoint.tensor_files import INDEX
 from megapoly.checkpoint.unfinished import Unfinished
@@ -53,7 +53,7 @@ def export_huggingface(weights: Weights, unfinished: Unfinished, options: Option
     origin = weights.origin.get("huggingface", {})
     dtypes = {name: options.dtype or dtype for name, (_, dtype) in weights.tensors.items()}
     common = max(dtypes.values(), key=lambda dtype: (dtype.itemsize, str(dtype)))
-    config = to_config(weights.model, origin.get("config"), say_dtype(common), end_ids(weights.tokenizer))
+    config = to_config(weights.model, origin.get("config"), say_dtype(common), end_ids(weights))
     stored = [_of_slot(slot, dtypes[slot.name]) for slot in slots(config["model_type"], weights.model)]
     shards = _shards(stored, options.shard_bytes)
     names = _names("model{}.safetensors", len(shards))
@@ -65,7 +65,7 @@ def export_huggingface(weights: Weights, unfinished: Unfinished, options: Option
             "weight_map": {each.key: name for name, shard in zip(names, shards, strict=True) for each in shard},
         }
         _write_json(unfinished, f"model.safetensors{INDEX}", index)
-    files, notes = tokenizer_files(weights.tokenizer)
+    files, notes = tokenizer_files(weights)
     for name, make in files.items():
         unfinished.finish_file(name, make)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
@@ -91,7 +91,7 @@ def export_native(weights: Weights, unfinished: Unfinished, options: Options, pr
             rows.append({"name": each.key, "shape": list(each.shape), "dtype": say_dtype(each.dtype), "piece": piece})
     digests = {}
     for path in weights.tokenizer:
-        name = path.name if len(weights.tokenizer) > 1 else _own_name(path)
+        name = plain_name(weights, path)
         digests[name] = sha256(path)
         unfinished.finish_file(f"{TOKENIZER}/{name}", _copy(path))
     meta = {
@@ -177,8 +177,3 @@ def _copy(path: Path) -> Callable[[Path], None]:
         shutil.copyfile(path, target)
 
     return copy
-
-
-def _own_name(path: Path) -> str:
-    """A SentencePiece model of a run may have any name."""
-    return "tokenizer.model" if path.suffix == ".model" else path.name

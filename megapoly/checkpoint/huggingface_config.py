@@ -11,7 +11,7 @@ from typing import Any
 
 import pydantic
 
-from megapoly.config import Model, RopeScaling
+from megapoly.config import Model
 from megapoly.config_checks import check_model
 from megapoly.errors import CheckpointError, ConfigError
 
@@ -253,6 +253,8 @@ def to_config(model: Model, origin: Mapping[str, Any] | None, dtype: str, ends: 
     """
     if origin is not None and _describes(origin, model):
         kept = {key: dtype if key in _DTYPE_KEYS else value for key, value in origin.items() if key != "_name_or_path"}
+        if model.position == "rope" and "rope_parameters" in kept:  # which transformers before 5 passes over in silence
+            kept |= _write_rope(model)
         return kept if kept.keys() & _DTYPE_KEYS else {**kept, "torch_dtype": dtype}
     kind = family_of(model)
     write = {"gpt2": _write_gpt2, "bloom": _write_bloom}.get(kind, _write_rotary)
@@ -279,7 +281,6 @@ def _describes(origin: Mapping[str, Any], model: Model) -> bool:
 
 
 def _write_rotary(model: Model) -> dict[str, Any]:
-    scaling = model.rope_scaling
     result: dict[str, Any] = {
         "num_hidden_layers": model.layers,
         "hidden_size": model.hidden,
@@ -290,25 +291,28 @@ def _write_rotary(model: Model) -> dict[str, Any]:
         "max_position_embeddings": model.positions,
         "rms_norm_eps": model.norm_epsilon,
         "attention_dropout": model.attention_dropout,
-        "rope_theta": model.wavelength_base,
-        "rope_scaling": None if scaling is None else _write_scaling(scaling),
+        **_write_rope(model),
     }
     if model.has_qkv_biases:
         return {**result, "use_sliding_window": False}
     return {**result, "attention_bias": False, "mlp_bias": False}
 
 
-def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
-    # "type" is what transformers before 4.43 ask for, which know no llama3.
-    result: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "linear":
-        return {**result, "type": "linear"}
-    return {
-        **result,
-        "original_max_position_embeddings": scaling.original_positions,
-        "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high,
-    }
+def _write_rope(model: Model) -> dict[str, Any]:
+    """The form of transformers 4, which 5 reads too. Before 4.43 it has linear scaling alone, and of two keys."""
+    scaling = model.rope_scaling
+    keys: dict[str, Any] | None = None
+    if scaling is not None and scaling.kind == "linear":
+        keys = {"type": "linear", "factor": scaling.factor}
+    elif scaling is not None:
+        keys = {
+            "rope_type": scaling.kind,
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_positions,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+        }
+    return {"rope_theta": model.wavelength_base, "rope_scaling": keys}
 
 
 def _write_gpt2(model: Model) -> dict[str, Any]:

@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from megapoly.checkpoint.huggingface import SENTENCEPIECE
+from megapoly.checkpoint.weights import Weights
 from megapoly.data.huggingface_export import make_tokenizer_json
 from megapoly.data.tokenizer import Tokenizer
 
 Write = Callable[[Path], object]
 
 
-def own_model(paths: Sequence[Path]) -> Path | None:
-    """The SentencePiece model of a megapoly run; None where the files are those of transformers."""
-    return paths[0] if len(paths) == 1 and paths[0].suffix == ".model" else None
+def own_model(weights: Weights) -> Path | None:
+    """The SentencePiece model of what megapoly has trained; None where weights and tokenizer came from transformers."""
+    paths = weights.tokenizer
+    own = len(paths) == 1 and paths[0].suffix == ".model" and "huggingface" not in weights.origin
+    return paths[0] if own else None
 
 
-def end_ids(paths: Sequence[Path]) -> dict[str, int]:
+def plain_name(weights: Weights, path: Path) -> str:
+    """Of a file of the tokenizer, in a folder of weights; a lone SentencePiece model may have had any name."""
+    return SENTENCEPIECE if path.suffix == ".model" and len(weights.tokenizer) == 1 else path.name
+
+
+def end_ids(weights: Weights) -> dict[str, int]:
     """``bos_token_id`` and ``eos_token_id`` of a run's tokenizer.
 
     Both are </s>: it ends a document, and a document begins after it. <s> was never trained.
     """
-    model = own_model(paths)
+    model = own_model(weights)
     if model is None:
         return {}
     end = Tokenizer.load(model).eod
     return {"bos_token_id": end, "eos_token_id": end}
 
 
-def tokenizer_files(paths: Sequence[Path]) -> tuple[dict[str, Write], list[str]]:
+def tokenizer_files(weights: Weights) -> tuple[dict[str, Write], list[str]]:
     """What writes each file, by name, and sentences about what is not as it should be."""
-    model = own_model(paths)
+    model = own_model(weights)
     if model is None:
-        return {path.name: _copy(path) for path in paths}, []
+        return {plain_name(weights, path): _copy(path) for path in weights.tokenizer}, []
     files = {SENTENCEPIECE: _copy(model)}
     tokenizer = Tokenizer.load(model)
     content = make_tokenizer_json(tokenizer)

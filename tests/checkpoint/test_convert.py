@@ -135,6 +135,34 @@ def test_transformers_has_the_same_tokens(run: Path, tmp_path: Path) -> None:
     assert settings.dtype == torch.bfloat16
 
 
+def test_files_of_transformers_are_handed_on(run: Path, tmp_path: Path) -> None:
+    """Tokenizer, generation_config.json and config.json of a folder that came through a checkpoint of megapoly."""
+    hf = tmp_path / "hf"
+    assert command("convert", run, hf) == 0
+    (hf / "tokenizer.model").unlink()
+    (hf / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    (hf / "chat_template.jinja").write_text("{{ messages }}")
+    (hf / "generation_config.json").write_text('{"temperature": 0.6}')
+    settings = json.loads((hf / "config.json").read_text()) | {"bos_token_id": 1, "summary_type": "mean"}
+    (hf / "config.json").write_text(json.dumps(settings))
+    assert command("convert", hf, tmp_path / "own") == 0
+    assert command("convert", tmp_path / "own", tmp_path / "back") == 0
+    files = {path.name for path in hf.iterdir()}
+    assert {path.name for path in (tmp_path / "back").iterdir()} == files
+    for name in files:
+        first, second = hf / name, tmp_path / "back" / name
+        if name.endswith(".json"):
+            assert json.loads(second.read_text()) == json.loads(first.read_text()), name
+        else:
+            assert second.read_bytes() == first.read_bytes(), name
+    # A tokenizer that is given takes their place.
+    (given,) = open_weights(run).tokenizer
+    shutil.copy(given, tmp_path / "spm.model")
+    assert command("convert", hf, tmp_path / "given", "--tokenizer", tmp_path / "spm.model") == 0
+    assert [path.name for path in (tmp_path / "given" / "tokenizer").iterdir()] == ["tokenizer.model"]
+    assert open_weights(tmp_path / "given").tokenizer_sha256 == Tokenizer.load(given).sha256
+
+
 def test_a_checkpoint_of_weights_only(
     toml: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
