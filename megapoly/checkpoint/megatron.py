@@ -75,6 +75,9 @@ class Megatron:
         path: a folder of checkpoints, of which it is the latest, or the folder of an iteration.
         vocabulary: rows of the vocabulary that are no padding, where the files do not tell.
 
+    Attributes:
+        pads: whether rows of the vocabulary may be padding, which the files do not tell.
+
     Raises:
         CheckpointError: a rank's file missing or damaged; a model that is no configuration of our decoder; tensors
             missing, unexpected or misshapen.
@@ -92,6 +95,7 @@ class Megatron:
         naming = naming_of([name for row in shards for name in row[0].tensors])
         padded = _padded(args, shards[0][0].tensors, naming, tp)
         rows, self.notes = _vocabulary(args, padded, vocabulary)
+        self.pads = bool(self.notes)
         self.model = to_model(args, naming, rows)
         sources = _account(path, shards, self.model, naming, padded, _order(first, naming, self.model))
         self._sources: dict[str, list[_Source]] = {}
@@ -300,7 +304,7 @@ def _vocabulary(args: Arguments, padded: int, given: int | None) -> tuple[int, l
             return own, []
     return padded, [
         f"{args.where}: does not tell the size of the vocabulary; all {padded:,} rows were taken, and those at the end"
-        " may be padding: give --vocabulary N to leave them out"
+        " may be padding: give --vocabulary N, or --tokenizer FILE, to leave them out"
     ]
 
 

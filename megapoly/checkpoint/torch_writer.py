@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 import struct
 import zipfile
@@ -15,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ _ALIGNMENT = 64
 _LOCAL, _ZIP64 = 30, 20  # bytes of a member's own header, but its name, and of what a large one has more
 _LARGE = 1 << 30
 _PART = 1 << 20
+_EARLY = 16 << 20  # bytes
 _CLASSES = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage,
@@ -83,28 +85,44 @@ def write_torch(path: Path, value: Any) -> int:
     text = io.BytesIO()
     pickler = _Pickler(text)
     pickler.dump(value)
-    with zipfile.ZipFile(path, "x") as archive:
-        _add(archive, "data.pkl", text.tell(), [text.getbuffer()])
-        _add(archive, "byteorder", 6, [memoryview(b"little")])
+    with open(path, "xb") as file, zipfile.ZipFile(file, "w") as archive:
+        writer = _Writer(file, archive)
+        writer.add("data.pkl", text.tell(), [text.getbuffer()])
+        writer.add("byteorder", 6, [memoryview(b"little")])
         for number, tensor in enumerate(pickler.tensors):
             parts = (part.contiguous().view(torch.uint8).numpy().data for part in tensor.parts())
-            _add(archive, f"data/{number}", tensor.bytes, parts)
-        _add(archive, "version", 2, [memoryview(b"3\n")])
+            writer.add(f"data/{number}", tensor.bytes, parts)
+        writer.add("version", 2, [memoryview(b"3\n")])
     return path.stat().st_size
 
 
-def _add(archive: zipfile.ZipFile, name: str, size: int, parts: Iterable[memoryview]) -> None:
-    member = zipfile.ZipInfo(f"{_ROOT}/{name}")  # of 1980, so that the bytes of the file follow from its value
-    large = size >= _LARGE
-    member.file_size = size
-    start = archive.start_dir + _LOCAL + len(member.filename) + (_ZIP64 if large else 0) + 4
-    padding = -start % _ALIGNMENT
-    member.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
-    written = 0
-    with archive.open(member, "w", force_zip64=large) as file:
-        for part in parts:
-            for at in range(0, len(part), _PART):
-                file.write(part[at : at + _PART])
-            written += len(part)
-    if written != size:
-        raise ValueError(f"{name}: {written} bytes for {size}")
+class _Writer:
+    """Adds members to an archive; the disk begins with what is written while the rest is made."""
+
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile) -> None:
+        self._file, self._archive, self._begun = file, archive, 0
+
+    def add(self, name: str, size: int, parts: Iterable[memoryview]) -> None:
+        member = zipfile.ZipInfo(f"{_ROOT}/{name}")  # of 1980, so that the bytes of the file follow from its value
+        large = size >= _LARGE
+        member.file_size = size
+        start = self._archive.start_dir + _LOCAL + len(member.filename) + (_ZIP64 if large else 0) + 4
+        padding = -start % _ALIGNMENT
+        member.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+        written = 0
+        with self._archive.open(member, "w", force_zip64=large) as file:
+            for part in parts:
+                for at in range(0, len(part), _PART):
+                    file.write(part[at : at + _PART])
+                written += len(part)
+                self._begin()
+        if written != size:
+            raise ValueError(f"{name}: {written} bytes for {size}")
+
+    def _begin(self) -> None:
+        """As :class:`megapoly.checkpoint.files.BlockFile` does."""
+        end = self._file.tell()
+        if end - self._begun >= _EARLY and hasattr(os, "posix_fadvise"):  # not on macOS
+            self._file.flush()
+            os.posix_fadvise(self._file.fileno(), self._begun, end - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = end

@@ -64,12 +64,11 @@ def convert(
     import torch
 
     from megapoly.checkpoint import convert as conversion
-    from megapoly.checkpoint.weights import Options, open_weights
+    from megapoly.checkpoint.megatron import Megatron
+    from megapoly.checkpoint.weights import Options
 
     options = Options(getattr(torch, dtype) if dtype else None, _bytes(shard_size), tp, pp, naming)
-    weights = open_weights(source, vocabulary)
-    if tokenizer is not None:
-        conversion.use_tokenizer(weights, tokenizer)
+    weights = conversion.open_source(source, vocabulary, tokenizer)
     begin = time.perf_counter()
     with make_bar(target.name) as (bar, task):
         bar.update(task, total=conversion.size(weights, options))
@@ -83,7 +82,7 @@ def convert(
         )
     seconds = time.perf_counter() - begin
     if verify:
-        _verify(source, target, vocabulary)
+        _verify(source, target, weights.model.vocabulary if isinstance(weights, Megatron) else None)
     print(
         f"{target}: {done.format}, {done.tensors:,} tensors in {done.files} files, {done.bytes / 1e6:,.2f} MB in"
         f" {seconds:.1f} s ({done.bytes / 1e6 / seconds:,.0f} MB/s). {_next(done)}"

@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megapoly import config
 from megapoly.checkpoint.convert import convert
 from megapoly.checkpoint.weights import Options, open_weights
 from megapoly.cli import main
 from megapoly.config import Model, RopeScaling
+from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 from tests.checkpoint.given import Given, logits, model, read_all
@@ -274,6 +276,15 @@ def test_files_of_2023_and_before(version: float, early: bool, tmp_path: Path) -
     assert "all 512 rows were taken" in unknown.notes[0]
     with pytest.raises(CheckpointError, match="has 512 rows, and 513 were given"):
         open_weights(tmp_path, 513)
+
+
+def test_the_vocabulary_of_a_tokenizer(toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = config.load(toml, []).data.tokenizer
+    old_checkpoint(tmp_path / "old", 3.0, False)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(tmp_path / "old"), str(tmp_path / "own"), "--tokenizer", str(tokenizer), "--verify"])
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert open_weights(tmp_path / "own").model.vocabulary == Tokenizer.load(tokenizer).vocabulary < 512
 
 
 def test_the_vocabulary_of_a_tokenizer_that_adds_the_end_of_documents(tmp_path: Path) -> None:
