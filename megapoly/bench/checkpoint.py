@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.bench import report
+from megapoly.config import Model
 from megapoly.errors import ConfigError, TrainingError
+from megapoly.models.cost import parameter_count
 
 Row = dict[str, Any]
 Progress = Callable[[str], object]
@@ -68,10 +70,20 @@ class Figure:
 
 SAVES = (Figure("save", "disk_write", 0.9), Figure("async_stall", "copy", milliseconds=True))
 LOADS = (Figure("load_rows"), Figure("load_columns"), Figure("load_cold", "disk_read", 0.9))
+CONVERTS = (Figure("convert", "disk_copy", 0.8),)
+
+
+def converted_model(layers: int, elements: int) -> Model:
+    """A LLaMA of about as many parameters: 10 hidden^2 a layer, and 8 hidden^2 of vocabularies."""
+    hidden = max(4, int((elements / (10 * layers + 8)) ** 0.5) // 4 * 4)
+    return Model(
+        layers=layers, hidden=hidden, heads=hidden // 4, ffn=2 * hidden, vocabulary=4 * hidden, positions=2048,
+        norm="rms", position="rope", activation="swiglu", biases=False, tied=False,
+    )  # fmt: skip
 
 
 def measure(options: Options, progress: Progress = lambda text: None) -> list[Row]:
-    """The rows save, async_stall, load_rows, load_columns, load_cold.
+    """The rows save, async_stall, load_rows, load_columns, load_cold, convert.
 
     Args:
         progress: called with a line of text before every turn.
@@ -87,13 +99,15 @@ def measure(options: Options, progress: Progress = lambda text: None) -> list[Ro
         raise ConfigError(f"--megabytes {options.megabytes} is too little for {options.matrices} matrices; raise it")
     result: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="megapoly-bench-", dir=options.folder) as folder:
-        for figures, ranks in ((SAVES, options.ranks), (LOADS, options.readers)):
+        for figures, ranks in ((SAVES, options.ranks), (LOADS, options.readers), (CONVERTS, 1)):
             once = [turn for figure in figures for turn in (figure.limit, figure.name, f"peer {figure.name}") if turn]
             store = str(Path(folder) / f"store-{ranks}-{figures[0].name}")
             turns = once * options.repeats
             job = Job(folder, store, ranks, options.matrices, rows, columns, turns)
             seconds = _run(job, Path(folder), progress)
             size = 4.0 * rows * columns * options.matrices
+            if figures == CONVERTS:
+                size = 4.0 * parameter_count(converted_model(options.matrices, rows * columns * options.matrices))
             result += [_row(figure, seconds, size, ranks) for figure in figures]
     return result
 

@@ -7,6 +7,7 @@ in row-major order, is ``i`` modulo 2^24, which float32 holds exactly: what was 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,14 +22,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from megapoly import comm
-from megapoly.bench.checkpoint import Job
+from megapoly.bench.checkpoint import Job, converted_model
 from megapoly.checkpoint import store
 from megapoly.checkpoint.background import Writer
+from megapoly.checkpoint.convert import convert
 from megapoly.checkpoint.folders import folder as step_folder
+from megapoly.checkpoint.state import WEIGHTS, logical_shapes
+from megapoly.checkpoint.weights import Options, open_weights
 from megapoly.context import Axis
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece, shard
@@ -216,6 +221,67 @@ def _prepare_cache(rank: Rank, path: Path, cold: bool) -> None:
                     pass
 
 
+def _model_entries(rank: Rank) -> Iterator[store.Entry]:
+    job = rank.job
+    model = converted_model(job.matrices, job.rows * job.columns * job.matrices)
+    for name, shape in logical_shapes(model).items():
+        values = (torch.arange(math.prod(shape)) % 2**24).float()
+        yield store.Entry(f"{WEIGHTS}/{name}", shape, Piece.of(Box.whole(shape)), values)
+
+
+def _model_checkpoint(rank: Rank) -> Path:
+    """Made by the first turn that needs it."""
+    path = step_folder(rank.root / "model", 1)
+    if not path.exists():
+        job = rank.job
+        model = converted_model(job.matrices, job.rows * job.columns * job.matrices)
+        meta = {"model": model.model_dump(mode="json"), "tokenizer": None}
+        store.save(rank.root / "model", 1, _model_entries(rank), meta)
+    return path
+
+
+def convert_cold(rank: Rank) -> None:
+    """To safetensors of Hugging Face, from the disk to the disk."""
+    path = _model_checkpoint(rank)
+    rank.remove("converted")
+    _prepare_cache(rank, path, cold=True)
+    with rank.timed():
+        convert(open_weights(path), rank.root / "converted", "huggingface", Options())
+    written = open_weights(rank.root / "converted")
+    for entry in _model_entries(rank):
+        found = torch.empty_like(entry.data)
+        written.read(entry.name.removeprefix(f"{WEIGHTS}/"), entry.piece, found)
+        if not torch.equal(found, entry.data):
+            raise CheckpointError(f"benchmark: {entry.name} was not converted as it was saved")
+
+
+def peer_convert(rank: Rank) -> None:
+    """To one file of torch.save, which is synced here, as ours is."""
+    path, target = rank.root / "dcp-model", rank.root / "dcp-model.pt"
+    if not path.exists():
+        dcp.save({entry.name: entry.data.view(entry.shape) for entry in _model_entries(rank)}, checkpoint_id=path)
+    _prepare_cache(rank, path, cold=True)
+    with rank.timed():
+        dcp_to_torch_save(path, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+    target.unlink()
+
+
+def disk_copy(rank: Rank) -> None:
+    """The bytes of a checkpoint read and written again, synced: what the disk allows a conversion."""
+    path = _model_checkpoint(rank)
+    _prepare_cache(rank, path, cold=True)
+    space = memoryview(bytearray(_CHUNK))
+    with rank.timed(), open(rank.root / "copied", "wb", buffering=0) as target:
+        for file in sorted(path.iterdir()):
+            with open(file, "rb", buffering=0) as opened:
+                while count := opened.readinto(space):
+                    target.write(space[:count])
+        os.fsync(target.fileno())
+    (rank.root / "copied").unlink()
+
+
 TURNS: dict[str, Callable[[Rank], None]] = {
     "disk_write": disk_write,
     "save": save,
@@ -230,6 +296,9 @@ TURNS: dict[str, Callable[[Rank], None]] = {
     "peer load_columns": _peer_load(1),
     "load_cold": _load(0, cold=True),
     "peer load_cold": _peer_load(0, cold=True),
+    "disk_copy": disk_copy,
+    "convert": convert_cold,
+    "peer convert": peer_convert,
 }
 
 

@@ -15,12 +15,13 @@ def test_rows_of_a_small_state(tmp_path, capsys):
         main(["bench", "checkpoint", *sizes, "--folder", str(tmp_path), "--json", str(tmp_path / "rows.json")])
     document = json.loads((tmp_path / "rows.json").read_text())
     rows = {row["name"]: row for row in document["rows"]}
-    assert list(rows) == ["save", "async_stall", "load_rows", "load_columns", "load_cold"]
+    assert list(rows) == ["save", "async_stall", "load_rows", "load_columns", "load_cold", "convert"]
     for row in rows.values():
         assert 3.5 < row["megabytes"] <= 4
         better = row["peer_value"] / row["value"] if row["unit"] == "ms" else row["value"] / row["peer_value"]
         assert row["ratio"] == pytest.approx(better)
     assert rows["save"]["wanted"] == pytest.approx(0.9 * rows["save"]["limit"])
+    assert rows["convert"]["wanted"] == pytest.approx(0.8 * rows["convert"]["limit"])
     assert rows["load_rows"]["wanted"] == rows["load_rows"]["peer_value"]
     assert "folder" not in document["settings"]
     out = capsys.readouterr().out
