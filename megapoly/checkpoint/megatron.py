@@ -88,7 +88,7 @@ class Megatron:
         folder = _iteration(path)
         first = _open(next(iter(_rank_folders(folder))))
         args = _arguments(first)
-        tp = args.count("tensor_model_parallel_size", 1)
+        tp = args.count("tensor_model_parallel_size", args.count("model_parallel_size", 1))  # the second until 2020
         pp = args.count("pipeline_model_parallel_size", 1)
         files = _open_all(folder, tp, pp, first)
         shards = _shards(files, tp, pp)
@@ -225,7 +225,7 @@ def _open_all(folder: Path, tp: int, pp: int, first: TorchFile) -> list[list[Tor
     missing = [f"{name}/{FILE}" for name in wanted if not any((folder / name / each).is_file() for each in _FILES)]
     if missing:
         raise CheckpointError(
-            f"{folder}: of the {len(wanted)} files of tp {tp} x pp {pp}, {len(missing)} are missing: {some(missing)};"
+            f"{folder}: lacks {len(missing)} of the {len(wanted)} files of tp {tp} x pp {pp}: {some(missing)};"
             " copy them"
         )
     left = [each.name for each in _rank_folders(folder) if each.name not in wanted]

@@ -136,7 +136,7 @@ def _position(args: Arguments) -> dict[str, Any]:
         return {"position": "learned"}
     if kind != "rope" and not rotary:
         raise args.refusal("position_embedding_type", "'learned_absolute' or 'rope'")
-    base, scaling = args.get("rotary_base", 10000), None
+    base, scaling = args.get("rotary_base", args.get("rotary_theta", 10000)), None
     stretch = args.get("rotary_seq_len_interpolation_factor", 1)
     if args.get("use_rope_scaling", False):
         if stretch != 1:

@@ -65,7 +65,7 @@ def export_megatron(
         unfinished.finish_file(name, partial(write_torch, value=content))
         weights.release()
     _write_others(weights, unfinished)
-    return [_advice(options, kind)]
+    return [_advice(options, kind, [unfinished.final / TOKENIZER / path.name for path in weights.tokenizer])]
 
 
 def _tensor(slot: Slot, dtype: torch.dtype, stream: Stream) -> NewTensor:
@@ -116,8 +116,12 @@ def _tokenizer_type(files: tuple[Path, ...]) -> str | None:
     return "HuggingFaceTokenizer" if files else None
 
 
-def _advice(options: Options, tokenizer: str | None) -> str:
-    known = "" if tokenizer is None else f" --tokenizer-type {tokenizer}"
+def _model_file(files: list[Path]) -> Path:
+    return next((path for path in files if path.suffix == ".model"), files[0].parent)
+
+
+def _advice(options: Options, kind: str | None, files: list[Path]) -> str:
+    known = "" if kind is None else f" --tokenizer-type {kind} --tokenizer-model {_model_file(files)}"
     old = {"legacy": " --use-legacy-models", "core": " --transformer-impl local"}.get(options.naming, "")
     return (
         f"Megatron-LM loads it with --tensor-model-parallel-size {options.tp} --pipeline-model-parallel-size"

@@ -60,6 +60,7 @@ NAMINGS: dict[str, Naming] = {
 # What older and newer releases of Megatron-LM call the same things, one after another.
 _LEGACY_ALIASES = (
     (re.compile(r"^language_model\.transformer\."), "language_model.encoder."),
+    (re.compile(r"^language_model\.(word|position)_embeddings\."), r"language_model.embedding.\1_embeddings."),
     (re.compile(r"(\.layers\.\d+)\.attention\."), r"\1.self_attention."),
     (re.compile(r"\.(input|post_attention|final)_norm\."), r".\1_layernorm."),
 )

@@ -236,7 +236,8 @@ def old_stage(values: dict[str, Tensor], version: float, rank: int, early: bool)
         "position_embeddings": {"weight": values["positions.weight"]},
     }
     if early:
-        embedding = {f"{name}.weight": each["weight"] for name, each in embedding.items()}
+        flat = {f"{name}.weight": each["weight"] for name, each in embedding.items()}
+        return {"language_model": {**flat, b: block} if version == 0 else {"embedding": flat, b: block}}
     return {"language_model": {"embedding": embedding, b: block}}
 
 
@@ -260,6 +261,7 @@ def old_checkpoint(folder: Path, version: float, early: bool, **keys: Any) -> Gi
         }  # fmt: skip
         if version == 0:
             del value["checkpoint_version"]
+            vars(args)["model_parallel_size"] = vars(args).pop("tensor_model_parallel_size", 2)
         torch.save(value, path, _use_new_zipfile_serialization=not early)
     (folder / "latest_checkpointed_iteration.txt").write_text("1000")
     return given
@@ -366,7 +368,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     )
     refuse(
         edited("mp_rank_00_000", lambda value: setattr(value["args"], "tensor_model_parallel_size", 4)),
-        r"of the 8 files of tp 4 x pp 2, 4 are missing: mp_rank_02_000/model_optim_rng\.pt, ",
+        r"lacks 4 of the 8 files of tp 4 x pp 2: mp_rank_02_000/model_optim_rng\.pt, ",
     )
     refuse(
         edited("mp_rank_00_000", lambda value: setattr(value["args"], "tensor_model_parallel_size", 10**9)),
@@ -374,7 +376,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     )
     shutil.rmtree(tmp_path / "copy" / "release" / "mp_rank_01_001")
     change(tmp_path / "copy", "mp_rank_00_000", lambda value: setattr(value["args"], "tensor_model_parallel_size", 2))
-    refuse(tmp_path / "copy", r"of the 4 files of tp 2 x pp 2, 1 are missing: mp_rank_01_001/model_optim_rng\.pt;")
+    refuse(tmp_path / "copy", r"lacks 1 of the 4 files of tp 2 x pp 2: mp_rank_01_001/model_optim_rng\.pt;")
 
 
 def test_a_copy_of_the_embedding_may_be_left_out(tmp_path: Path) -> None:
