@@ -13,14 +13,18 @@ import torch
 from megapoly.checkpoint import weights as formats
 from megapoly.checkpoint.accounting import check_tensors
 from megapoly.checkpoint.export import export_huggingface, export_native
+from megapoly.checkpoint.megatron import Megatron
+from megapoly.checkpoint.megatron_export import export_megatron
 from megapoly.checkpoint.unfinished import Unfinished, fingerprint
 from megapoly.checkpoint.weights import Options, Weights
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import CheckpointError
 
-Format = Literal["megapoly", "huggingface"]
+Format = Literal["megapoly", "huggingface", "megatron"]
 Export = Callable[[Weights, Unfinished, Options, Callable[[int], object]], list[str]]
-EXPORTS: dict[Format, Export] = {"megapoly": export_native, "huggingface": export_huggingface}
+EXPORTS: dict[Format, Export] = {
+    "megapoly": export_native, "huggingface": export_huggingface, "megatron": export_megatron,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,25 @@ def natural_format(weights: Weights) -> Format:
 def size(weights: Weights, options: Options) -> int:
     """Bytes of the tensors that a conversion writes."""
     return sum(math.prod(shape) * (options.dtype or dtype).itemsize for shape, dtype in weights.tensors.values())
+
+
+def open_source(path: Path, vocabulary: int | None = None, tokenizer: Path | None = None) -> Weights:
+    """Open what is to be converted, with this SentencePiece model in place of its own, where one is given.
+
+    Args:
+        vocabulary: see :func:`megapoly.checkpoint.weights.open_weights`. Where it is not given, and the files do not
+            tell, it is that of the tokenizer.
+
+    Raises:
+        CheckpointError, DataError: see :func:`megapoly.checkpoint.weights.open_weights`, :func:`use_tokenizer`.
+    """
+    weights = formats.open_weights(path, vocabulary)
+    if tokenizer is None:
+        return weights
+    if isinstance(weights, Megatron) and weights.pads:
+        weights = formats.open_weights(path, Tokenizer.load(tokenizer).vocabulary)
+    use_tokenizer(weights, tokenizer)
+    return weights
 
 
 def use_tokenizer(weights: Weights, path: Path) -> None:

@@ -38,16 +38,18 @@ class Comparison:
     inputs: int
 
 
-def verify(source: Path, written: Path, tell: Callable[[str], object]) -> Iterator[Comparison]:
+def verify(
+    source: Path, written: Path, tell: Callable[[str], object], vocabulary: int | None = None
+) -> Iterator[Comparison]:
     """Open both anew and compare their logits; where one is of Hugging Face, also with transformers' own.
 
     The models are loaded, one at a time, in float32 (float64 where they are stored in it). ``tell`` hears what cannot
-    be compared, without transformers.
+    be compared, without transformers. ``vocabulary`` is what the source was opened with.
 
     Raises:
         CheckpointError: the logits differ by more than the change of dtype explains.
     """
-    both = [open_weights(source), open_weights(written)]
+    both = [open_weights(source, vocabulary), open_weights(written)]
     dtypes = [_dtype(each) for each in both]
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     model = both[0].model

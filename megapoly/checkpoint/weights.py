@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megapoly.checkpoint import folders, huggingface, state
+from megapoly.checkpoint import folders, huggingface, megatron, state
 from megapoly.checkpoint.accounting import check_tensors
 from megapoly.checkpoint.huggingface import HuggingFace
+from megapoly.checkpoint.megatron import Megatron
 from megapoly.checkpoint.store import Reader
 from megapoly.config import Config, Model
 from megapoly.data.tokenizer import Tokenizer
@@ -67,12 +68,15 @@ class Options:
         dtype: of all tensors; None keeps each one's.
         shard_bytes: size of a file from which on another one begins.
         tp, pp: the layout, for formats that have one.
+        naming: of Megatron's tensors: ``core`` is of megatron-core with its own layers, ``core-te`` with those of
+            TransformerEngine, ``legacy`` of Megatron-LM before.
     """
 
     dtype: torch.dtype | None = None
     shard_bytes: int = 5_000_000_000
     tp: int = 1
     pp: int = 1
+    naming: str = "core"
 
     def document(self) -> dict[str, Any]:
         """Plain values, for the identity of a conversion."""
@@ -133,18 +137,31 @@ def find(path: Path) -> Path:
     return path if _format(path) is not Native else state.find(path)
 
 
-def open_weights(path: Path) -> Weights:
-    """The weights at ``path``: a run folder, a folder of checkpoints, a checkpoint, or a folder of Hugging Face.
+def open_weights(path: Path, vocabulary: int | None = None) -> Weights:
+    """The weights at ``path``: a run folder, a folder of checkpoints, a checkpoint, or one of Hugging Face or Megatron.
+
+    Args:
+        vocabulary: its true size, for files of Megatron that hold a padded one.
 
     Raises:
         CheckpointError: there are none, or they are damaged, or not all of the model is there.
     """
-    return _format(path)(path)
+    kind = _format(path)
+    if kind is Megatron:
+        return Megatron(path, vocabulary)
+    if vocabulary is not None:
+        raise CheckpointError(
+            f"{path}: tells the size of its vocabulary itself, which only Megatron's files may not do"
+        )
+    return kind(path)
 
 
-def _format(path: Path) -> type[HuggingFace] | type[Native]:
-    own = (path / folders.MANIFEST).exists() or (path / folders.CHECKPOINTS).is_dir()
-    return HuggingFace if not own and huggingface.is_folder(path) else Native
+def _format(path: Path) -> type[HuggingFace] | type[Megatron] | type[Native]:
+    if (path / folders.MANIFEST).exists() or (path / folders.CHECKPOINTS).is_dir():
+        return Native
+    if huggingface.is_folder(path):
+        return HuggingFace
+    return Megatron if megatron.is_folder(path) else Native
 
 
 def fill(weights: Weights, parameters: Iterable[nn.Parameter]) -> None:

@@ -20,15 +20,27 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MI
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A run folder, a checkpoint, or a folder of Hugging Face.")
+        Path, typer.Argument(metavar="SRC", help="A run folder, a checkpoint, or a folder of Hugging Face or Megatron.")
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
     to: Annotated[
-        Literal["megapoly", "huggingface"] | None,
+        Literal["megapoly", "huggingface", "megatron"] | None,
         typer.Option(help="Format of DST.  [default: huggingface from megapoly's own, else megapoly]"),
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Of all tensors.  [default: as they are]")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Megatron: tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Megatron: pipeline stages.")] = 1,
+    naming: Annotated[
+        Literal["core", "core-te", "legacy"],
+        typer.Option(
+            help="Megatron: names of the tensors, as megatron-core's with its own layers or TransformerEngine's,"
+            " or of Megatron-LM before it."
+        ),
+    ] = "core",
+    vocabulary: Annotated[
+        int | None, typer.Option(min=1, help="From Megatron: rows of its vocabulary that are no padding.")
     ] = None,
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="From which on another file begins.")] = "5GB",
     verify: Annotated[
@@ -52,12 +64,11 @@ def convert(
     import torch
 
     from megapoly.checkpoint import convert as conversion
-    from megapoly.checkpoint.weights import Options, open_weights
+    from megapoly.checkpoint.megatron import Megatron
+    from megapoly.checkpoint.weights import Options
 
-    options = Options(dtype=getattr(torch, dtype) if dtype else None, shard_bytes=_bytes(shard_size))
-    weights = open_weights(source)
-    if tokenizer is not None:
-        conversion.use_tokenizer(weights, tokenizer)
+    options = Options(getattr(torch, dtype) if dtype else None, _bytes(shard_size), tp, pp, naming)
+    weights = conversion.open_source(source, vocabulary, tokenizer)
     begin = time.perf_counter()
     with make_bar(target.name) as (bar, task):
         bar.update(task, total=conversion.size(weights, options))
@@ -71,17 +82,17 @@ def convert(
         )
     seconds = time.perf_counter() - begin
     if verify:
-        _verify(source, target)
+        _verify(source, target, weights.model.vocabulary if isinstance(weights, Megatron) else None)
     print(
         f"{target}: {done.format}, {done.tensors:,} tensors in {done.files} files, {done.bytes / 1e6:,.2f} MB in"
         f" {seconds:.1f} s ({done.bytes / 1e6 / seconds:,.0f} MB/s). {_next(done)}"
     )
 
 
-def _verify(source: Path, target: Path) -> None:
+def _verify(source: Path, target: Path, vocabulary: int | None) -> None:
     from megapoly.checkpoint.verification import verify
 
-    for each in verify(source, target, tell=print):
+    for each in verify(source, target, print, vocabulary):
         within = "are equal" if not each.difference else f"differ by {each.difference:.2g} of the largest"
         bound = "" if not each.bound else f" (allowed {each.bound:.2g})"
         print(f"verified {each.what}: the logits of {each.inputs} random tokens {within}{bound}")
@@ -90,6 +101,8 @@ def _verify(source: Path, target: Path) -> None:
 def _next(done: Converted) -> str:
     if done.format == "huggingface":
         return f"Next: AutoModelForCausalLM.from_pretrained({str(done.path)!r}), or megapoly generate {done.path}"
+    if done.format == "megatron":
+        return f"Next: megapoly convert {done.path} DST gives it back, in any layout"
     return f"Next: megapoly train CONFIG --init-from {done.path}, or megapoly generate {done.path}"
 
 
