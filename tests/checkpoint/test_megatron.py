@@ -25,6 +25,7 @@ from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 from tests.checkpoint.given import Given, logits, model, read_all
+from tests.checkpoint.test_pickles import edited
 from tests.ranks import run_ranks
 
 MODELS: dict[str, Model] = {
@@ -486,6 +487,26 @@ def test_damaged_files_are_refused_or_read(tmp_path: Path, zipped: bool) -> None
             wrong += any(not torch.equal(value, given.values.get(name)) for name, value in values.items())
     assert refused > 50
     assert wrong == 0 or not zipped  # old files have no checksums
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.long)])
+def test_edited_files_are_refused_or_read(tmp_path: Path, count: int) -> None:
+    """Whole zip archives, with checksums, of pickles that say something else than Megatron does."""
+    given, draw = Given(model(layers=2, hidden=8, heads=2, ffn=4, vocabulary=5, positions=3)), random.Random(2)
+    folder = export(given, tmp_path / "megatron", 2)
+    path = folder / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    refused = 0
+    for _ in range(count):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, raw in members.items():
+                archive.writestr(name, edited(raw, draw) if name.endswith("data.pkl") else raw)
+        try:
+            read_all(open_weights(folder))
+        except CheckpointError:
+            refused += 1
+    assert count // 2 < refused < count
 
 
 # --- interruptions, and the command ---
