@@ -71,6 +71,7 @@ setup(
             *CLEANING,
             *DEBIAN,
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.10",

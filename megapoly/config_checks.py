@@ -47,19 +47,28 @@ def check_model(model: Model) -> None:
     _check_rope(model)
 
 
-def _check_shares(config: Schema) -> None:
-    model, layout = config.model, config.layout
-    if model.groups % layout.tp:
+def check_shares(model: Model, tp: int, key: str = "layout.tp") -> None:
+    """Refuse a number of tensor-parallel ranks, given as ``key``, that the model does not divide by.
+
+    Raises:
+        ConfigError: what does not divide.
+    """
+    if model.groups % tp:
         what = "model.key_value_heads" if model.key_value_heads else "model.heads"
         raise ConfigError(
-            f"{what} {model.groups} does not divide by layout.tp {layout.tp}; choose layout.tp from"
-            f" {_divisors(model.groups)}, or a number of heads that is a multiple of {layout.tp}"
+            f"{what} {model.groups} does not divide by {key} {tp}; choose {key} from"
+            f" {_divisors(model.groups)}, or a number of heads that is a multiple of {tp}"
         )
-    if model.ffn % layout.tp:
+    if model.ffn % tp:
         raise ConfigError(
-            f"model.ffn {model.ffn} does not divide by layout.tp {layout.tp}; the nearest that does is"
-            f" {max(1, round(model.ffn / layout.tp)) * layout.tp}"
+            f"model.ffn {model.ffn} does not divide by {key} {tp}; the nearest that does is"
+            f" {max(1, round(model.ffn / tp)) * tp}"
         )
+
+
+def _check_shares(config: Schema) -> None:
+    model = config.model
+    check_shares(model, config.layout.tp)
     if config.train.sequence > model.positions:
         table = "the position table, " if model.position == "learned" else ""
         raise ConfigError(

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ from megapoly.trainer import train
 from megapoly.watchdog import Watchdog
 
 RENDEZVOUS = datetime.timedelta(minutes=10)  # in which all ranks have to come
+UNEVEN = datetime.timedelta(days=1)  # for ranks whose work takes very unequal time: texts end when they end
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -228,6 +229,46 @@ def joined(path: Path, overrides: list[str]) -> Iterator[tuple[Config, ParallelC
         yield config, context
 
 
+@contextmanager
+def _meshed(tp: int, pp: int, wanted: str) -> Iterator[ParallelContext]:
+    """Process groups of a command that has no config: tp and pp as given, and dp what they leave."""
+    rank, size, local_rank = world()
+    if size % (tp * pp):
+        raise everywhere(
+            ConfigError(
+                f"{size} {'ranks were' if size > 1 else 'process was'} started, which --tp {tp} x --pp {pp} = {tp * pp}"
+                f" does not divide; start a multiple of {tp * pp} (torchrun --nproc-per-node {tp * pp} -m megapoly"
+                " generate ...), or change --tp or --pp"
+            )
+        )
+    device = choose_device(wanted, local_rank)
+    store = _fresh_store() if size > 1 else dist.HashStore()
+    with parallel(Mesh(dp=size // (tp * pp), pp=pp, tp=tp), rank, device, store, UNEVEN) as context:
+        yield context
+
+
+def run_meshed(tp: int, pp: int, device: str, work: Callable[[ParallelContext], None]) -> int:
+    """Run ``work`` alone or as one rank of a torchrun; the exit code. Errors are said as those of training are."""
+    _, size, local_rank = world()
+    try:
+        with _meshed(tp, pp, device) as context:
+            work(context)
+    except MegapolyError as error:
+        _tell_torchrun(str(error), lost_a_peer=isinstance(error, PeerLost))
+        return _failed(error, str(error), size, local_rank)
+    return 0
+
+
+def _failed(error: MegapolyError, text: str, size: int, local_rank: int) -> int:
+    """Say an error, once on each machine where all ranks share it; the exit code."""
+    if local_rank == 0 or not error.everywhere:
+        _say(text if error.everywhere or size == 1 else f"rank {world()[0]}: {text}")
+    if size > 1 and not error.everywhere:
+        sys.stdout.flush()
+        os._exit(1)  # taking down groups that have lost a rank may wait for it
+    return 1
+
+
 def run_training(
     path: Path,
     overrides: list[str],
@@ -266,10 +307,5 @@ def run_training(
             who = watchdog.lost(wait=3.0)
             text = f"{f'{error.what} failed: {who}' if who else text}; {watchdog.standing()}"
         _tell_torchrun(text, lost_a_peer=isinstance(error, PeerLost))
-        if local_rank == 0 or not error.everywhere:
-            _say(text if error.everywhere or size == 1 else f"rank {rank}: {text}")
-        if size > 1 and not error.everywhere:
-            sys.stdout.flush()
-            os._exit(1)  # taking down groups that have lost a rank may wait for it
-        return 1
+        return _failed(error, text, size, local_rank)
     return 0

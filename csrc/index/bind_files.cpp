@@ -1,8 +1,6 @@
 // Writing and reading of the two files of an indexed dataset.
 #include <pybind11/stl.h>
 
-#include <string_view>
-
 #include "bindings.h"
 #include "common.h"
 #include "crc.h"
@@ -48,10 +46,13 @@ py::tuple scan_blocks(const std::string& path, int descriptor, int code, std::in
     return py::make_tuple(found.crcs, found.wrong, found.wrong_ids);
 }
 
-std::uint32_t checksum(const py::bytes& data, bool by_tables) {
-    const std::string_view bytes = data;
+std::uint32_t checksum(const py::buffer& data, std::uint32_t before, bool by_tables) {
+    const py::buffer_info bytes = data.request();
+    if (bytes.ndim > 1 || (bytes.ndim == 1 && bytes.strides[0] != bytes.itemsize))
+        throw py::value_error("data has to be one row of bytes without gaps");
+    const auto size = static_cast<std::size_t>(bytes.size * bytes.itemsize);
     py::gil_scoped_release unlocked;
-    return by_tables ? crc32_by_tables(bytes.data(), bytes.size()) : crc32(bytes.data(), bytes.size());
+    return by_tables ? crc32_by_tables(bytes.ptr, size, before) : crc32(bytes.ptr, size, before);
 }
 
 Ids gather_windows(const std::string& path, int descriptor, int code, std::int64_t count, std::int64_t vocabulary,
@@ -88,7 +89,7 @@ void bind_files(py::module_& module) {
 
     module.def("scan", &scan_blocks, py::arg("path"), py::arg("descriptor"), py::arg("code"), py::arg("vocabulary"),
                py::arg("first"), py::arg("blocks"));
-    module.def("crc32", &checksum, py::arg("data"), py::arg("by_tables") = false);
+    module.def("crc32", &checksum, py::arg("data"), py::arg("before") = 0, py::arg("by_tables") = false);
 
     module.def("gather", &gather_windows, py::arg("path"), py::arg("descriptor"), py::arg("code"), py::arg("count"),
                py::arg("vocabulary"), py::arg("starts"), py::arg("length"));

@@ -93,19 +93,19 @@ const bool kCarryLess = has_carry_less();
 
 }  // namespace
 
-std::uint32_t crc32_by_tables(const void* data, std::size_t size) noexcept {
-    return ~fold_by_tables(~std::uint32_t{0}, static_cast<const unsigned char*>(data), size);
+std::uint32_t crc32_by_tables(const void* data, std::size_t size, std::uint32_t before) noexcept {
+    return ~fold_by_tables(~before, static_cast<const unsigned char*>(data), size);
 }
 
-std::uint32_t crc32(const void* data, std::size_t size) noexcept {
+std::uint32_t crc32(const void* data, std::size_t size, std::uint32_t before) noexcept {
 #ifdef MEGAPOLY_CARRY_LESS
     if (kCarryLess && size >= kLeast) {
         const auto* at = static_cast<const unsigned char*>(data);
         const std::size_t whole = size / 16 * 16;
-        return ~fold_by_tables(fold_carry_less(~std::uint32_t{0}, at, whole), at + whole, size - whole);
+        return ~fold_by_tables(fold_carry_less(~before, at, whole), at + whole, size - whole);
     }
 #endif
-    return crc32_by_tables(data, size);
+    return crc32_by_tables(data, size, before);
 }
 
 }  // namespace megapoly

@@ -11,19 +11,20 @@ import math
 import mmap
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megapoly.data import _index
 from megapoly.errors import CheckpointError
-from megapoly.spec import Box
+from megapoly.spec import Box, Index
 
 BLOCK = 1 << 20
 _EARLY = 16 << 20  # bytes
 _AHEAD = 16  # blocks
+_PORTION = 4  # blocks
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -78,7 +79,7 @@ class BlockFile:
                 self.crc32.append(0)
             part, rest = rest[: BLOCK - self.bytes % BLOCK], rest[BLOCK - self.bytes % BLOCK :]
             if self._checksums:
-                self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
+                self.crc32[-1] = _index.crc32(part, self.crc32[-1])
             self._file.write(part)
             self.bytes += len(part)
             if self.bytes - self._begun >= _EARLY and hasattr(os, "posix_fadvise"):  # not on macOS
@@ -113,15 +114,22 @@ class TensorFile:
                 " move its folder away to use the one before"
             )
 
-    def slice(self, name: str, key: str, dtype: torch.dtype, place: tuple[int, Box], common: Box) -> torch.Tensor:
-        """``common`` out of a box that stands ``place[0]`` elements into the tensor ``key``; its blocks are checked."""
+    def copy(
+        self, name: str, key: str, dtype: torch.dtype, place: tuple[int, Box], common: Box, out: torch.Tensor
+    ) -> None:
+        """Fill ``out`` with ``common``, out of a box that stands ``place[0]`` elements into the tensor ``key``.
+
+        Blocks are checked just before they are copied, so that the processor's caches still hold them.
+        """
         self._open(name)
         offset, box = place
         start = self.span(key)[0] + offset * dtype.itemsize
-        for a, b in _spans(box, common, dtype.itemsize):
-            self._check(start + a, start + b, name)
-        flat = self._map()[start : start + box.size * dtype.itemsize].view(dtype)
-        return flat.view(box.shape)[common.slices(box.start)]
+        values = self._map()[start : start + box.size * dtype.itemsize].view(dtype).view(box.shape)
+        end = start + _range(box, common, dtype.itemsize)[1]
+        for part in _portions(common, box.shape, dtype.itemsize):
+            for a, b in _spans(box, part, dtype.itemsize):
+                self._check(start + a, start + b, name, end)
+            out[part.slices(common.start)].copy_(values[part.slices(box.start)])
 
     def span(self, key: str) -> tuple[int, int]:
         """Bytes of a tensor in the file, once its header was read."""
@@ -135,7 +143,7 @@ class TensorFile:
             with open(self.path, "rb") as file:
                 for number, crc32 in enumerate(self._crc32):
                     block = file.read(BLOCK)
-                    if zlib.crc32(block) != crc32:
+                    if _index.crc32(block) != crc32:
                         wrong.append((number * BLOCK, min(self.size, (number + 1) * BLOCK)))
                     progress(len(block))
         except OSError as error:
@@ -176,7 +184,7 @@ class TensorFile:
         return CheckpointError(f"{self.path}: cannot be read ({error.strerror})")
 
     def _crc(self, block: int) -> int:
-        return zlib.crc32(_buffer(self._map()[block * BLOCK : (block + 1) * BLOCK]))
+        return _index.crc32(_buffer(self._map()[block * BLOCK : (block + 1) * BLOCK]))
 
     def _read_ahead(self, start: int, stop: int) -> None:
         """Have the disk bring the next blocks of a range while the first are checksummed."""
@@ -185,12 +193,13 @@ class TensorFile:
         if self._mapped is not None and size > BLOCK and start % mmap.PAGESIZE == 0 and hasattr(mmap, "MADV_WILLNEED"):
             self._mapped.madvise(mmap.MADV_WILLNEED, start, size)
 
-    def _check(self, start: int, stop: int, name: str) -> None:
+    def _check(self, start: int, stop: int, name: str, until: int = 0) -> None:
+        """Check the blocks of bytes [start, stop); those up to ``until`` will be asked for next."""
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             if self._checked[block]:
                 continue
             if block % _AHEAD == 0 or block == start // BLOCK:
-                self._read_ahead(block * BLOCK, stop)
+                self._read_ahead(block * BLOCK, max(stop, until))
             found = self._crc(block)
             if found != self._crc32[block]:
                 raise CheckpointError(
@@ -201,21 +210,39 @@ class TensorFile:
             self._checked[block] = 1
 
 
+def _portions(part: Box, shape: Index, itemsize: int, dim: int = 0) -> Iterator[Box]:
+    """``part`` of a row-major box of ``shape`` in portions that span few blocks, in its order."""
+    row = math.prod(shape[dim + 1 :]) * itemsize
+    if dim == len(shape) or (part.stop[dim] - part.start[dim]) * row <= _PORTION * BLOCK:
+        yield part
+        return
+    step = max(1, _PORTION * BLOCK // row)
+    for first in range(part.start[dim], part.stop[dim], step):
+        start = (*part.start[:dim], first, *part.start[dim + 1 :])
+        stop = (*part.stop[:dim], min(part.stop[dim], first + step), *part.stop[dim + 1 :])
+        yield from _portions(Box(start, stop), shape, itemsize, dim + 1)
+
+
 def _spans(box: Box, part: Box, itemsize: int, dim: int = 0) -> Iterator[tuple[int, int]]:
     """Byte ranges, inside a row-major ``box``, that reach every block that ``part`` touches, and no other block.
 
     Rows that start at most one block apart leave no block between them untouched, so they are one range.
     """
-    strides = [math.prod(box.shape[d + 1 :]) * itemsize for d in range(len(box.shape))]
-    first = sum((a - o) * s for a, o, s in zip(part.start, box.start, strides, strict=True))
-    if dim == len(strides) or strides[dim] <= BLOCK:
-        last = sum((b - 1 - o) * s for b, o, s in zip(part.stop, box.start, strides, strict=True))
-        yield first, last + itemsize
+    if dim == len(box.shape) or math.prod(box.shape[dim + 1 :]) * itemsize <= BLOCK:
+        yield _range(box, part, itemsize)
         return
     for index in range(part.start[dim], part.stop[dim]):
         start = (*part.start[:dim], index, *part.start[dim + 1 :])
         stop = (*part.stop[:dim], index + 1, *part.stop[dim + 1 :])
         yield from _spans(box, Box(start, stop), itemsize, dim + 1)
+
+
+def _range(box: Box, part: Box, itemsize: int) -> tuple[int, int]:
+    """From the first byte to the last of ``part`` inside a row-major ``box``."""
+    strides = [math.prod(box.shape[d + 1 :]) * itemsize for d in range(len(box.shape))]
+    first = sum((a - o) * s for a, o, s in zip(part.start, box.start, strides, strict=True))
+    last = sum((b - 1 - o) * s for b, o, s in zip(part.stop, box.start, strides, strict=True))
+    return first, last + itemsize
 
 
 def _buffer(values: torch.Tensor) -> memoryview:

@@ -289,9 +289,9 @@ class Reader:
         found = 0
         for file, key, stored in self._pieces[name]:
             for offset, box, offset_stored, box_stored, common in overlaps(piece, stored):
-                source = file.slice(name, key, dtype, (offset_stored, box_stored), common)
                 target = out[offset : offset + box.size].view(box.shape)
-                target[common.slices(box.start)].copy_(source)
+                place = (offset_stored, box_stored)
+                file.copy(name, key, dtype, place, common, target[common.slices(box.start)])
                 found += common.size
         if found != piece.size:
             raise CheckpointError(

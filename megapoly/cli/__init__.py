@@ -16,6 +16,7 @@ from megapoly.cli.checkpoint import checkpoint_app
 from megapoly.cli.common import SETTINGS
 from megapoly.cli.convert import convert
 from megapoly.cli.data import data_app
+from megapoly.cli.generate import generate_texts
 from megapoly.cli.plan import plan_app
 from megapoly.cli.tokenizer import tokenizer_app
 from megapoly.errors import MegapolyError
@@ -92,23 +93,4 @@ def train(
     raise typer.Exit(run_training(config, overrides or [], how, stop_step, profile, init_from))
 
 
-@app.command("generate")
-def generate(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
-    prompts: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be given several times.")],
-    tokens: Annotated[int, typer.Option(help="Most tokens of a continuation.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that together reach this.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="Model file; the run's own where not given.")] = None,
-) -> None:
-    """Continue texts with a trained model.
-
-    [bold]Example:[/bold] megapoly generate runs/demo --prompt "Die Sprache" --tokens 40 --temperature 0.8 --top-p 0.9
-    """
-    from megapoly.generate import Generator, Sampling
-
-    sampling = Sampling(tokens, temperature, top_p, seed)
-    generator = Generator(run, tokenizer)
-    for prompt in prompts:
-        print(f"{prompt}|{generator.continue_text(prompt, sampling)}")
+app.command("generate")(generate_texts)

@@ -1,11 +1,17 @@
-"""Tokenizers of the ``tokenizers`` library, to compare with. No torch."""
+"""Tokenizers of the ``tokenizers`` library: those of models that come from Hugging Face, and others to compare with. No
+torch.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megapoly.errors import ConfigError, DataError
+
+SETTINGS = "tokenizer_config.json"  # of transformers, beside a tokenizer.json or a SentencePiece model
 
 
 class HuggingFaceTokenizer:
@@ -13,6 +19,7 @@ class HuggingFaceTokenizer:
 
     Attributes:
         vocabulary: number of ids, added tokens included.
+        eos: id of the token that ends a text, as the ``tokenizer_config.json`` beside it says; None where it does not.
 
     Raises:
         ConfigError: the library is not installed.
@@ -38,6 +45,25 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocabulary = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        self.eos = self._eos()
+
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Ids of a text; with ``begins`` after the token that begins one where the tokenizer adds it.
+
+        As transformers does, whatever ``add_bos_token`` of its settings says.
+
+        Raises:
+            DataError: the tokenizer has no token for a part of the text.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=begins).ids
+        except Exception as error:  # as above
+            raise DataError(f"{self.path}: cannot encode a text ({error})") from error
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens have none."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of every text.
@@ -50,3 +76,27 @@ class HuggingFaceTokenizer:
         except Exception as error:  # as above
             raise DataError(f"{self.path}: cannot encode a text ({error})") from error
         return [len(each.ids) for each in encoded]
+
+    def _eos(self) -> int | None:
+        token = read_settings(self.path.with_name(SETTINGS)).get("eos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+        return None if found is None else int(found)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The values of a ``tokenizer_config.json``; none where there is no such file.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); copy it again from its source") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: holds {type(found).__name__}, expected an object of settings")
+    return found

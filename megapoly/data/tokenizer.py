@@ -30,6 +30,7 @@ class Tokenizer:
         sha256: hex digest of the file's bytes.
         vocabulary: number of ids.
         eod: id of ``</s>``, which ends a document.
+        bos: id of the piece that begins one in models such as LLaMA's; None where there is none.
         encoder: "megapoly" where our byte-pair encoder works, which returns what the library would, several times as
             fast; else "sentencepiece", with the reason.
     """
@@ -51,6 +52,7 @@ class Tokenizer:
         self.encoder = f"sentencepiece ({fast.refusal})" if fast.refusal else "megapoly"
         self.vocabulary = int(self._model.vocab_size())
         self.eod = int(self._model.piece_to_id("</s>"))
+        self.bos: int | None = bos if (bos := int(self._model.bos_id())) >= 0 else None
         if ends and not self._model.is_control(self.eod):
             raise DataError(f"{path}: has no control piece </s>, which ends documents; train it with one")
         # Text may hold the very character that stands for a space. Its bytes keep the two apart, where there are byte

@@ -1,6 +1,6 @@
 """Attention with linear biases (Press et al., arXiv 2108.12409): scores fall with the distance, at a slope per head.
 
-Shapes: S sequence, B micro-batch, A heads of this rank.
+Shapes: S sequence, B micro-batch, A heads of this rank, T keys so far.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Alibi:
         self.slopes_A = slopes(heads).to(device).chunk(tp.size)[tp.rank]
         self.dtype = dtype
         self._causal = torch.empty(0, 0, 0, 0)
+        self._last = torch.empty(0, 0, 0, 0)
 
     def scores(self, length: int, mask_BSS: Tensor | None) -> Tensor:
         """What is added to the scores: ``[B, A, S, S]``, -inf where a query does not see a key; B is 1 without a mask.
@@ -49,8 +50,25 @@ class Alibi:
             self._causal = self._biases(length).masked_fill(~visible, -torch.inf)
         return self._causal
 
-    def _biases(self, length: int) -> Tensor:
+    def cached(self, begin: int, count: int, capacity: int, mask: Tensor | None) -> Tensor:
+        """Scores ``[B, A, S, T]`` of ``count`` tokens after ``begin`` others, and a mask, see
+        :meth:`megapoly.layers.cache.KeyValueCache.mask`.
+
+        Those of one token are a view of a table for ``capacity`` tokens.
+        """
+        if mask is None and count > 1:
+            return self.scores(count, None)
+        if count > 1:
+            biases = self._biases(begin + count, begin)
+        else:
+            if self._last.shape[-1] < capacity:
+                self._last = self._biases(capacity, capacity - 1)
+            biases = self._last[..., self._last.shape[-1] - begin - 1 :]
+        return biases if mask is None else biases + mask
+
+    def _biases(self, length: int, begin: int = 0) -> Tensor:
+        """Of all tokens from ``begin`` on to those of ``length``: ``[1, A, length - begin, length]``."""
         at = torch.arange(length, device=self.slopes_A.device)
-        distances_SS = at.unsqueeze(1) - at
+        distances_SS = at[begin:].unsqueeze(1) - at
         wide = torch.promote_types(self.dtype, torch.float32)
         return -(self.slopes_A.to(wide)[:, None, None] * distances_SS).to(self.dtype).unsqueeze(0)

@@ -1,7 +1,8 @@
 """Causal self-attention, split over tp by groups of query heads that share a key and a value.
 
 Shapes: S sequence, s slice of it (see :mod:`megapoly.layers.linear`), B micro-batch, H hidden, G groups of this rank, Q
-queries of a group, A = G Q heads of this rank, D head dimension.
+queries of a group, A = G Q heads of this rank, D head dimension. T keys: those of the sequence, and with a cache those
+before it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Attention(nn.Module):
 
     def __init__(self, name: str, model: Model, *, output_std: float, place: Place, recompute: bool = False) -> None:
         super().__init__()
+        self.name = name
         self.queries, self.head_dim, self.recompute = model.heads // model.groups, model.head_dim, recompute
         self.fp32_softmax = model.fp32_softmax
         self.dropout = Dropout(f"{name}.probabilities", model.attention_dropout, place)
@@ -54,34 +56,48 @@ class Attention(nn.Module):
         s, b, _ = qkv.shape
         parts = qkv.view(s, b, -1, self.queries + 2, self.head_dim).split([self.queries, 1, 1], dim=3)
         # A query head h uses the key of group h // Q, which is also torch's order.
-        query_BASD, key_BGSD, value_BGSD = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in parts)
+        query_BASD, key_BGTD, value_BGTD = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in parts)
+        if call.cache is not None:
+            key_BGTD, value_BGTD = call.cache.store(self.name, key_BGTD, value_BGTD)
         drops = self.dropout.rate > 0 and call.samples_B is not None
         if drops or not (self.fp32_softmax or qkv.dtype == accumulation_dtype(qkv.dtype)):
-            out_BASD = self._explicit(query_BASD, key_BGSD, value_BGSD, call)
+            out_BASD = self._explicit(query_BASD, key_BGTD, value_BGTD, call)
+        elif s == 1 and self.queries > 1:
+            out_BASD = self._single(query_BASD, key_BGTD, value_BGTD, call.scores_BASS)
         else:
             mask = call.scores_BASS
             if mask is None and call.mask_BSS is not None:
                 mask = call.mask_BSS.unsqueeze(1)
+            causal = mask is None and s > 1  # one token sees all keys
             out_BASD = scaled_dot_product_attention(
-                query_BASD, key_BGSD, value_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.queries > 1
+                query_BASD, key_BGTD, value_BGTD, attn_mask=mask, is_causal=causal, enable_gqa=self.queries > 1
             )
         return out_BASD.permute(2, 0, 1, 3).reshape(s, b, -1)
 
-    def _explicit(self, query_BASD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, call: Call) -> Tensor:
+    def _single(self, query_BASD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scores: Tensor | None) -> Tensor:
+        """For one token: the queries of a group stand like a sequence, so that its keys are not copied for each."""
+        b, a = query_BASD.shape[:2]
+        if scores is not None and scores.shape[1] > 1:
+            scores = scores.reshape(scores.shape[0], -1, self.queries, scores.shape[-1])
+        query_BGQD = query_BASD.reshape(b, -1, self.queries, self.head_dim)
+        out_BGQD = scaled_dot_product_attention(query_BGQD, key_BGTD, value_BGTD, attn_mask=scores)
+        return out_BGQD.reshape(b, a, 1, self.head_dim)
+
+    def _explicit(self, query_BASD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, call: Call) -> Tensor:
         """With all probabilities in memory: for dropout on them, and for a softmax in the parameters' dtype."""
         dtype = query_BASD.dtype
         wide = accumulation_dtype(dtype) if self.fp32_softmax else dtype  # of the scores and their softmax
-        key_BASD, value_BASD = (x.repeat_interleave(self.queries, 1) for x in (key_BGSD, value_BGSD))
-        scores_BASS = (query_BASD.to(wide) / math.sqrt(self.head_dim)) @ key_BASD.to(wide).transpose(-1, -2)
+        key_BATD, value_BATD = (x.repeat_interleave(self.queries, 1) for x in (key_BGTD, value_BGTD))
+        scores_BAST = (query_BASD.to(wide) / math.sqrt(self.head_dim)) @ key_BATD.to(wide).transpose(-1, -2)
         if call.scores_BASS is not None:
-            scores_BASS = scores_BASS.add_(call.scores_BASS)
+            scores_BAST = scores_BAST.add_(call.scores_BASS)
         else:
-            s = scores_BASS.shape[-1]
-            visible = torch.ones(s, s, dtype=torch.bool, device=scores_BASS.device).tril()
+            s, t = scores_BAST.shape[-2:]
+            visible = torch.ones(s, t, dtype=torch.bool, device=scores_BAST.device).tril(t - s)
             visible = visible if call.mask_BSS is None else call.mask_BSS.unsqueeze(1)
-            scores_BASS = scores_BASS.masked_fill(~visible, -torch.inf)
-        probabilities = scores_BASS.softmax(-1).to(dtype)
-        return self.dropout.probabilities(probabilities, call) @ value_BASD
+            scores_BAST = scores_BAST.masked_fill(~visible, -torch.inf)
+        probabilities = scores_BAST.softmax(-1).to(dtype)
+        return self.dropout.probabilities(probabilities, call) @ value_BATD
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:

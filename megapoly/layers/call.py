@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megapoly.context import ALONE, Axis
+from megapoly.layers.cache import KeyValueCache
 from megapoly.spec import Index, ParamSpec, shard
 
 
@@ -64,7 +65,7 @@ class Call:
         positions_SB: position of every token, in its document or in the window; int64.
         mask_BSS: True where a query (second dimension) sees a key; None is the causal mask.
         scores_BASS: what is added to the scores of this rank's A heads, -inf where a query does not see a key; takes
-            the place of the mask. B may be 1.
+            the place of the mask. B and A may be 1; with a cache the last dimension is of all tokens so far.
         rotary: cosines and sines of the positions, see :meth:`megapoly.layers.rotary.Rotary.table`.
         documents_BS: document of each token in its window, where attention keeps to documents: a stage makes the mask
             of them, which then is not there before its time.
@@ -73,6 +74,7 @@ class Call:
         samples_B: sample numbers, on which dropout depends; None switches dropout off.
         sequence_parallel: whether activations outside of attention and feed-forward are slices of the sequence.
         sink: where weight gradients go; None leaves them to autograd.
+        cache: of the tokens before these, which the pass adds its own to; no gradients.
     """
 
     positions_SB: Tensor
@@ -85,6 +87,7 @@ class Call:
     samples_B: Tensor | None = None
     sequence_parallel: bool = False
     sink: GradSink | None = None
+    cache: KeyValueCache | None = None
 
     def slice(self, x_S: Tensor, tp: Axis) -> Tensor:
         """This rank's part of a tensor whose first dimension is the sequence."""

@@ -61,7 +61,12 @@ def stage_flops(model: Model, sequence: int, counts: tuple[int, ...]) -> list[in
 
 
 def stage_layers(config: Config) -> tuple[tuple[int, int], ...]:
-    """Layers [begin, end) of every pipeline stage, first to last.
+    """Layers [begin, end) of every pipeline stage of a run, see :func:`layer_ranges`."""
+    return layer_ranges(config.model, config.layout, config.train.sequence)
+
+
+def layer_ranges(model: Model, layout: Layout, sequence: int) -> tuple[tuple[int, int], ...]:
+    """Layers [begin, end) of every pipeline stage, first to last; ``sequence`` tokens are in a sample.
 
     As ``layout.stage_layers`` says, or balanced by cost. The slowest rank sets the pace of a full pipeline, and the
     slowest stage the time to fill and drain it: the largest cost of a rank, all its stages together, is least; among
@@ -71,14 +76,13 @@ def stage_layers(config: Config) -> tuple[tuple[int, int], ...]:
     Layers cost the same, so that giving them out one by one, each to the rank that is lightest with it, minimises every
     convex function of the ranks' costs, the largest cost and the sum of squares among them.
     """
-    layout, model = config.layout, config.model
     stages = layout.stages
     given = layout.stage_layers
     if given is None:
         counts = [0 if stage in (0, stages - 1) else 1 for stage in range(stages)]
         rank_of = placement(layout)
-        layer = layer_flops(model, config.train.sequence)
-        stage_costs = stage_flops(model, config.train.sequence, tuple(counts))
+        layer = layer_flops(model, sequence)
+        stage_costs = stage_flops(model, sequence, tuple(counts))
         rank_costs = [0] * layout.pp
         for rank, cost in zip(rank_of, stage_costs):
             rank_costs[rank] += cost

@@ -19,6 +19,7 @@ from megapoly import rng
 from megapoly.config import Layout, Model
 from megapoly.layers.alibi import Alibi
 from megapoly.layers.attention import Attention, document_mask
+from megapoly.layers.cache import KeyValueCache
 from megapoly.layers.call import Call, Place, accumulation_dtype, spec_of
 from megapoly.layers.dropout import Dropout
 from megapoly.layers.embedding import PositionEmbedding, VocabularyEmbedding
@@ -121,6 +122,11 @@ class DecoderStage(nn.Module):
         Without labels the last stage returns the logits ``[S, B, vocabulary of this rank]`` of the vocabulary that is
         not padding.
         """
+        x_sBH = self.run_layers(x_sBH, call)
+        return self._losses(x_sBH, call) if self.last else x_sBH
+
+    def run_layers(self, x_sBH: Tensor | None, call: Call) -> Tensor:
+        """The residual stream ``[s, B, H]`` after the last layer of this stage."""
         call = self._with_positions(call)
         if self.first:
             x_sBH = self._embed(call)
@@ -131,17 +137,35 @@ class DecoderStage(nn.Module):
                 x_sBH = checkpoint(layer, x_sBH, call, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_sBH = layer(x_sBH, call)
-        return self._losses(x_sBH, call) if self.last else x_sBH
+        return x_sBH
+
+    def logits(self, x_sBH: Tensor, call: Call) -> Tensor:
+        """On the last stage, ``[..., vocabulary of this rank]`` of what :meth:`run_layers` gave, padding included."""
+        output = self._output()
+        _wait_for(output, call)
+        _wait_for(self.final_norm, call)
+        return column_linear(self.final_norm(x_sBH, call), output.weight, None, self.tp, call)
 
     def _with_positions(self, call: Call) -> Call:
         """What all layers of the stage need of documents and positions, made once."""
         if not self.layers:
             return call
+        if call.cache is not None:
+            return self._with_cache(call, call.cache)
         mask_BSS = call.mask_BSS if call.documents_BS is None else document_mask(call.documents_BS)
         if self.alibi is not None:
             return replace(call, scores_BASS=self.alibi.scores(call.positions_SB.shape[0], mask_BSS))
         rotary = None if self.rotary is None else self.rotary.table(call.positions_SB)
         return replace(call, mask_BSS=mask_BSS, rotary=rotary)
+
+    def _with_cache(self, call: Call, cache: KeyValueCache) -> Call:
+        """The same for tokens after those of a cache."""
+        count = call.positions_SB.shape[0]
+        scores = cache.mask(count)
+        if self.alibi is not None:
+            scores = self.alibi.cached(cache.length, count, cache.capacity, scores)
+        rotary = None if self.rotary is None else self.rotary.table(call.positions_SB)
+        return replace(call, scores_BASS=scores, rotary=rotary)
 
     def _embed(self, call: Call) -> Tensor:
         assert self.embedding is not None
@@ -157,14 +181,15 @@ class DecoderStage(nn.Module):
         return self.dropout.hidden(x_sBH, call)
 
     def _losses(self, x_sBH: Tensor, call: Call) -> Tensor:
-        output = self.embedding if self.output is None else self.output
-        assert output is not None
-        _wait_for(output, call)
-        _wait_for(self.final_norm, call)
-        logits_SBV = column_linear(self.final_norm(x_sBH, call), output.weight, None, self.tp, call)
+        output, logits_SBV = self._output(), self.logits(x_sBH, call)
         if call.labels_SB is None:
             return logits_SBV[..., : output.count]
         return cross_entropy(logits_SBV, call.labels_SB, output.start, output.count, self.tp)
+
+    def _output(self) -> VocabularyEmbedding:
+        output = self.embedding if self.output is None else self.output
+        assert output is not None
+        return output
 
 
 def _vocabulary_embedding(name: str, model: Model, copy: str | None, place: Place) -> VocabularyEmbedding:

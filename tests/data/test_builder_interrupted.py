@@ -217,6 +217,7 @@ def test_a_signal_leaves_no_process(tmp_path, corpus, tokenizer, one, end, code)
     for i in range(400):  # the signal comes long before the end
         (tmp_path / f"{i}.jsonl").write_bytes((corpus[0] / "a.jsonl").read_bytes())
     line = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # tests in the background ignore it
         "from megapoly.data import pieces; from megapoly.cli import main; pieces.PIECE_BYTES = 5000;"
         f"main(['data', 'build', '--tokenizer', {str(tokenizer.path)!r}, '--language', 'xx', '--processes', '2',"
         f"'--output', {str(tmp_path / 'd')!r}, {str(tmp_path / '*.jsonl')!r}])"

@@ -330,6 +330,10 @@ def test_both_checksums_are_zlibs():
         for at in (0, 1, 7):
             part = data[at : at + size]
             assert _index.crc32(part) == _index.crc32(part, by_tables=True) == zlib.crc32(part)
+            both = _index.crc32(memoryview(part), zlib.crc32(b"before"))
+            assert both == _index.crc32(part, zlib.crc32(b"before"), by_tables=True) == zlib.crc32(b"before" + part)
+    with pytest.raises(ValueError, match="without gaps"):
+        _index.crc32(memoryview(data)[::2])
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

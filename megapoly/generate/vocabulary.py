@@ -1,0 +1,77 @@
+"""The tokenizer of a model's weights, whatever its kind, as generation needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megapoly.checkpoint.weights import Weights, check_tokenizer
+from megapoly.data.huggingface import SETTINGS, HuggingFaceTokenizer, read_settings
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.errors import DataError
+
+
+class Vocabulary:
+    """Text to ids and back.
+
+    Attributes:
+        path: the tokenizer's file.
+        size: number of ids.
+        ends: ids that end a text.
+        beginning: ids of an empty text: what begins one, or else what ended the one before.
+    """
+
+    def __init__(self, weights: Weights, file: Path | None = None) -> None:
+        self.path = _find(weights, file)
+        self._before: list[int] = []
+        self._tokenizer: Tokenizer | HuggingFaceTokenizer
+        if self.path.suffix == ".json":
+            self._tokenizer = HuggingFaceTokenizer(self.path)
+            self.ends = _ends(weights, self._tokenizer.eos)
+        else:
+            self._tokenizer = Tokenizer.load(self.path)
+            check_tokenizer(weights, self._tokenizer)
+            self.ends = _ends(weights, self._tokenizer.eod)
+            if self._tokenizer.bos is not None and _begins(weights, self.path):
+                self._before = [self._tokenizer.bos]
+        self.size = self._tokenizer.vocabulary
+        self.beginning = self.encode("") or [min(self.ends, default=0)]
+
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Ids of a text; with ``begins`` after the token that begins one, where the model was trained with it."""
+        if isinstance(self._tokenizer, HuggingFaceTokenizer):
+            return self._tokenizer.encode(text, begins)
+        ids = self._tokenizer.encode(text)
+        return self._before + ids if begins else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def _find(weights: Weights, file: Path | None) -> Path:
+    """A ``tokenizer.json`` comes first: models that were given tokens later have them there alone."""
+    found = [file] if file else sorted(weights.tokenizer, key=lambda path: path.name != "tokenizer.json")
+    for path in found:
+        if file or path.suffix == ".model" or path.name == "tokenizer.json":
+            return path
+    raise DataError(
+        f"{weights.path}: comes with no tokenizer, neither a tokenizer.json nor a SentencePiece model; give one with"
+        " --tokenizer"
+    )
+
+
+def _ends(weights: Weights, eos: int | None) -> frozenset[int]:
+    """As the model's generation_config.json says, then its config.json, then its tokenizer."""
+    kept = weights.origin.get("huggingface", {})
+    for document in (kept.get("generation_config", {}), kept.get("config", {})):
+        found = document.get("eos_token_id")
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset() if eos is None else frozenset([eos])
+
+
+def _begins(weights: Weights, path: Path) -> bool:
+    """Whether texts begin with a token, for a SentencePiece model; LLaMA's of Hugging Face do where nothing is said."""
+    settings = read_settings(path.with_name(SETTINGS)) if "huggingface" in weights.origin else {}
+    by_default = "Llama" in str(settings.get("tokenizer_class", ""))
+    return bool(settings.get("add_bos_token", by_default))
