@@ -113,10 +113,10 @@ def test_a_run_to_hugging_face_and_back(run: Path, tmp_path: Path, capsys: pytes
 
 def test_another_dtype_is_taken_from_the_master_weights(run: Path, tmp_path: Path) -> None:
     masters = values(newest(run / "checkpoints"), "adam.master")
-    for dtype in ("float32", "float16"):
-        assert command("convert", run, tmp_path / dtype, "--to", "megapoly", "--dtype", dtype, "--verify") == 0
-        found = values(tmp_path / dtype, "weights")
-        assert all(torch.equal(found[name], masters[name].to(getattr(torch, dtype))) for name in masters)
+    for short, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        assert command("convert", run, tmp_path / short, "--to", "megapoly", "--dtype", short, "--verify") == 0
+        found = values(tmp_path / short, "weights")
+        assert all(torch.equal(found[name], masters[name].to(dtype)) for name in masters)
 
 
 def test_transformers_has_the_same_tokens(run: Path, tmp_path: Path) -> None:
