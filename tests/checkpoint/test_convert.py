@@ -56,10 +56,19 @@ def test_killed_and_on_a_full_disk_at_a_hundred_random_points(tmp_path: Path) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("direction", ["to-hf", "to-own"])
-def test_memory_is_that_of_a_few_parts(direction: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [
+        (None, "huggingface"),
+        ("huggingface", "megapoly"),
+        (None, "megatron"),
+        ("megatron", "megapoly"),
+        ("megatron", "megatron"),
+    ],
+)
+def test_memory_is_that_of_a_few_parts(source: str | None, to: str, tmp_path: Path) -> None:
     """Of a model of 430 MB with tensors of up to 130 MB, no more than 200 MB is held at any time."""
-    found = run_script("conversion_memory.py", {"folder": str(tmp_path), "direction": direction}, 600)
+    found = run_script("conversion_memory.py", {"folder": str(tmp_path), "source": source, "to": to}, 600)
     assert found["model"] > 430
     assert found["peak"] - found["before"] < 200, found
 
