@@ -55,7 +55,7 @@ class Unfinished:
             ) from error
 
     def done(self, name: str) -> Any | None:
-        """The record of a file that is finished, else None."""
+        """The record of a file that is finished, else None: a file whose ``done`` is asked for needs a record."""
         return self._finished.get(name)
 
     def finish_file(self, name: str, write: Callable[[Path], T]) -> T:
