@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from megapoly.checkpoint.accounting import some
 from megapoly.checkpoint.files import CODES
+from megapoly.checkpoint.pickles import Record, StoredTensor
+from megapoly.checkpoint.torch_files import TorchFile
 from megapoly.errors import CheckpointError
 from megapoly.spec import Index
 
@@ -35,7 +36,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         self.files = _files(folder)
-        self._open: dict[Path, Mapping[str, Any]] = {}
+        self._open: dict[Path, _Safetensors | _Pickled] = {}
         self._at: dict[str, Path] = {}
         self.tensors: dict[str, tuple[Index, torch.dtype]] = {}
         for path in self.files:
@@ -57,7 +58,11 @@ class TensorFiles:
 
     def release(self) -> None:
         """Give back the maps, once no tensor is held, and with them the memory that their pages take."""
-        self._open.clear()
+        for path, opened in list(self._open.items()):
+            if isinstance(opened, _Pickled):
+                opened.release()  # which remembers what it has checked
+            else:
+                del self._open[path]
 
 
 class _Safetensors(Mapping[str, Any]):
@@ -88,29 +93,51 @@ def _dtype(name: str, code: str) -> torch.dtype:
     return dtype
 
 
-def _opened(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
-        return _Safetensors(path)
-    found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
-        raise ValueError("it holds other things than tensors by name")
-    return found
+class _Pickled(Mapping[str, Any]):
+    """A file of ``torch.save``, of either format, as a mapping; see :mod:`megapoly.checkpoint.torch_files`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = TorchFile(path)
+        value = self._file.value
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: holds no tensors by name; take a file that transformers has saved")
+        for name, each in value.items():
+            if not isinstance(each, StoredTensor) or not isinstance(name, str):
+                found = each.name if isinstance(each, Record) else type(each).__name__
+                raise CheckpointError(
+                    f"{path}: holds {name!r}, which is of {found}, expected tensors by name only; such a file can do"
+                    " harm where it is trusted: take the weights from another source, as safetensors"
+                )
+        self._tensors: dict[str, StoredTensor] = value
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.view(self._tensors[name])
+
+    def __iter__(self) -> Any:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def release(self) -> None:
+        self._file.release()
+
+    def headers(self) -> dict[str, tuple[Index, torch.dtype]]:
+        return {name: (tuple(each.shape), each.dtype) for name, each in self._tensors.items()}
+
+
+def _opened(path: Path) -> _Safetensors | _Pickled:
+    return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
 
 
 def _headers(path: Path) -> dict[str, tuple[Index, torch.dtype]]:
-    def read() -> dict[str, tuple[Index, torch.dtype]]:
-        opened = _opened(path)
-        if isinstance(opened, _Safetensors):
-            return opened.headers()
-        return {name: (tuple(each.shape), each.dtype) for name, each in opened.items()}
-
-    return _guarded(path, read)
+    return _guarded(path, lambda: _opened(path).headers())
 
 
 def _guarded(path: Path, work: Callable[[], Any]) -> Any:
     try:
         return work()
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{path}: cannot be read as a file of weights ({reason}); it may be cut short: compare its size with the"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -279,7 +280,7 @@ def test_damaged_and_missing_files_are_named(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"has no weights: none of model.safetensors, "):
         open_weights(folder)
     (folder / "pytorch_model.bin").write_bytes(b"not a file of torch")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: cannot be read as a file of weights"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: cannot be read as a file of torch.save"):
         open_weights(folder)
 
 
@@ -291,6 +292,31 @@ def test_a_torch_file_with_code_in_it_is_not_run(saved: Path, tmp_path: Path) ->
     folder = Path(shutil.copytree(saved / "llama", tmp_path / "hf"))
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Attack()}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: cannot be read as a file of weights"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: holds 'model.norm.weight', .*expected tensors by name only"):
         open_weights(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_a_flipped_bit_in_a_torch_file(saved: Path, tmp_path: Path, zip_file: bool) -> None:
+    """Files since torch 1.6 have checksums; those before it are read, too."""
+    folder = Path(shutil.copytree(saved / "llama", tmp_path / "hf"))
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(stored, path, _use_new_zipfile_serialization=zip_file)
+    weights, peer = open_weights(folder), open_weights(saved / "llama")
+
+    def read(weights: Weights, name: str) -> torch.Tensor:
+        out = torch.empty(math.prod(weights.tensors[name][0]), dtype=weights.tensors[name][1])
+        weights.read(name, Piece.of(Box.whole(weights.tensors[name][0])), out)
+        return out
+
+    assert all(torch.equal(read(weights, name), read(peer, name)) for name in peer.tensors)
+    if zip_file:
+        content = bytearray(path.read_bytes())
+        at = bytes(content).index(stored["model.layers.1.mlp.down_proj.weight"].numpy().tobytes())
+        content[at + 5] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"pytorch_model.bin: .*CRC-32"):
+            read(open_weights(folder), "layers.1.feedforward.down.weight")
