@@ -34,11 +34,14 @@ class _Keys:
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._config, self.where = config, where
 
-    def need(self, *names: str) -> Any:
-        """The value of the first of these names that is there."""
+    def need(self, *names: str) -> int:
+        """The whole number under the first of these names that is there."""
         for name in names:
-            if self._config.get(name) is not None:
-                return self._config[name]
+            value = self._config.get(name)
+            if type(value) is not int and value is not None:
+                raise CheckpointError(f"{self.where}: {name} is {value!r}, expected a whole number; correct it")
+            if value is not None:
+                return value
         raise CheckpointError(f"{self.where}: has no key {names[0]!r}; take a config.json that transformers has saved")
 
     def get(self, name: str, default: Any) -> Any:

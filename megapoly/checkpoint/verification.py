@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from megapoly.models.decoder import DecoderStage
 from megapoly.spec import Piece
 
 _BATCH, _LENGTH = 4, 48
-_ROUNDINGS = 16  # allowed difference, in steps of the coarser dtype
-_PEER = 1e-3  # the same for transformers in float32, which computes in another order
+_PEER = 1e-3  # allowed difference to transformers in float32, which computes in another order
 
 
 @dataclass(frozen=True)
@@ -43,42 +42,38 @@ def verify(
 ) -> Iterator[Comparison]:
     """Open both anew and compare their logits; where one is of Hugging Face, also with transformers' own.
 
-    The models are loaded, one at a time, in float32 (float64 where they are stored in it). ``tell`` hears what cannot
-    be compared, without transformers. ``vocabulary`` is what the source was opened with.
+    The source is rounded to the dtypes that were written, so that the two have to be equal. Models are loaded, one at a
+    time, in float32 (float64 where they are stored in it). ``tell`` hears what cannot be compared, without
+    transformers. ``vocabulary`` is what the source was opened with.
 
     Raises:
-        CheckpointError: the logits differ by more than the change of dtype explains.
+        CheckpointError: the logits differ.
     """
     both = [open_weights(source, vocabulary), open_weights(written)]
-    dtypes = [_dtype(each) for each in both]
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    dtypes = [{name: dtype for name, (_, dtype) in each.tensors.items()} for each in both]
+    wide = torch.float64 if any(torch.float64 in each.values() for each in dtypes) else torch.float32
     model = both[0].model
     draw = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(model.vocabulary, (_BATCH, min(_LENGTH, model.positions)), generator=draw)
-    first, second = (_logits(each, tokens_BS, wide) for each in both)
-    same = all(both[0].tensors[name][1] == both[1].tensors[name][1] for name in both[0].tensors)
-    bound = 0.0 if same else _ROUNDINGS * max(torch.finfo(dtype).eps for dtype in dtypes)
-    yield _compare(f"{source} and {written}", first, second, bound)
-    for weights, logits in zip(both, (first, second), strict=True):
+    first, second = (_logits(each, tokens_BS, wide, dtypes[1]) for each in both)
+    yield _compare(f"{source} and {written}", first, second, 0.0)
+    for weights, own, logits in zip(both, dtypes, (first, second), strict=True):
         if isinstance(weights, HuggingFace):
             theirs = _peer(weights.path, tokens_BS, wide)
             if theirs is None:
                 tell(f"{weights.path}: not compared with transformers: pip install 'megapoly[convert]'")
-            else:
-                yield _compare(f"{weights.path} with transformers' own", logits, theirs, _PEER)
-
-
-def _dtype(weights: Weights) -> torch.dtype:
-    """The coarsest stored one."""
-    return max((dtype for _, dtype in weights.tensors.values()), key=lambda dtype: torch.finfo(dtype).eps)
+                continue
+            ours = logits if own == dtypes[1] else _logits(weights, tokens_BS, wide, own)
+            yield _compare(f"{weights.path} with transformers' own", ours, theirs, _PEER)
 
 
 @torch.no_grad()
-def _logits(weights: Weights, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+def _logits(weights: Weights, tokens_BS: Tensor, dtype: torch.dtype, rounded: Mapping[str, torch.dtype]) -> Tensor:
+    """Of a model in ``dtype`` whose weights were ``rounded`` before."""
     stage = DecoderStage(weights.model, place=Place(dtype=dtype))
     for parameter in stage.parameters():
         spec = spec_of(parameter)
-        stored = torch.empty(spec.box.size, dtype=weights.tensors[spec.name][1])  # not of the master weights
+        stored = torch.empty(spec.box.size, dtype=rounded[spec.name])
         weights.read(spec.name, Piece.of(spec.box), stored)
         parameter.copy_(stored.view(parameter.shape))
         weights.release()

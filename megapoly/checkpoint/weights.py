@@ -151,7 +151,8 @@ def open_weights(path: Path, vocabulary: int | None = None) -> Weights:
         return Megatron(path, vocabulary)
     if vocabulary is not None:
         raise CheckpointError(
-            f"{path}: tells the size of its vocabulary itself, which only Megatron's files may not do"
+            f"{path}: is not of Megatron, whose files alone may not tell the size {vocabulary} of a vocabulary; leave"
+            " --vocabulary out"
         )
     return kind(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,19 +31,22 @@ def convert(
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32", "fp64"] | None, typer.Option(help="Of all tensors.  [default: as they are]")
     ] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Megatron: tensor-parallel ranks.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Megatron: pipeline stages.")] = 1,
+    tp: Annotated[int | None, typer.Option(min=1, help="Megatron: tensor-parallel ranks.  [default: 1]")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Megatron: pipeline stages.  [default: 1]")] = None,
     naming: Annotated[
-        Literal["core", "core-te", "legacy"],
+        Literal["core", "core-te", "legacy"] | None,
         typer.Option(
             help="Megatron: names of the tensors, as megatron-core's with its own layers or TransformerEngine's,"
-            " or of Megatron-LM before it."
+            " or of Megatron-LM before it.  [default: core]"
         ),
-    ] = "core",
+    ] = None,
     vocabulary: Annotated[
         int | None, typer.Option(min=1, help="From Megatron: rows of its vocabulary that are no padding.")
     ] = None,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="From which on another file begins.")] = "5GB",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="From which on another file begins; not of Megatron.  [default: 5GB]"),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -66,15 +70,19 @@ def convert(
     from megapoly.checkpoint.weights import Options
     from megapoly.engine import DTYPES
 
-    options = Options(DTYPES[dtype] if dtype else None, _bytes(shard_size), tp, pp, naming)
     weights = conversion.open_source(source, vocabulary, tokenizer)
+    form = to or conversion.natural_format(weights)
+    of_layout, of_shards = {"--tp": tp, "--pp": pp, "--naming": naming}, {"--shard-size": shard_size}
+    _refuse(of_shards if form == "megatron" else of_layout, form)
+    size = _bytes(shard_size or "5GB")
+    options = Options(DTYPES[dtype] if dtype else None, size, tp or 1, pp or 1, naming or "core")
     begin = time.perf_counter()
     with make_bar(target.name) as (bar, task):
         bar.update(task, total=conversion.size(weights, options))
         done = conversion.convert(
             weights,
             target,
-            to or conversion.natural_format(weights),
+            form,
             options,
             tell=bar.console.print if bar.console.is_terminal else print,
             progress=lambda size: bar.advance(task, size),
@@ -86,6 +94,16 @@ def convert(
         f"{target}: {done.format}, {done.tensors:,} tensors in {done.files} files, {done.bytes / 1e6:,.2f} MB in"
         f" {seconds:.1f} s ({done.bytes / 1e6 / seconds:,.0f} MB/s). {_next(done)}"
     )
+
+
+def _refuse(given: Mapping[str, object], form: str) -> None:
+    """Options that the format has nothing for are refused, not ignored."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} {value}: files of {form} have nothing for it; leave it out, or give --to"
+                f" {'huggingface or megapoly' if form == 'megatron' else 'megatron'}"
+            )
 
 
 def _verify(source: Path, target: Path, vocabulary: int | None) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megapoly import config
 from megapoly.checkpoint.folders import newest
 from megapoly.checkpoint.store import Reader
+from megapoly.checkpoint.verification import verify
 from megapoly.checkpoint.weights import open_weights
 from megapoly.cli import main
 from megapoly.config import Model
@@ -126,6 +127,27 @@ def test_another_dtype_is_taken_from_the_master_weights(run: Path, tmp_path: Pat
         assert command("convert", run, tmp_path / short, "--to", "megapoly", "--dtype", short, "--verify") == 0
         found = values(tmp_path / short, "weights")
         assert all(torch.equal(found[name], masters[name].to(dtype)) for name in masters)
+
+
+def test_a_changed_tensor_is_seen_by_verify_though_the_dtype_changes(run: Path, tmp_path: Path) -> None:
+    assert command("convert", run, tmp_path / "hf", "--dtype", "bf16") == 0
+    path = tmp_path / "hf" / "model.safetensors"
+    stored = load_file(path)
+    bias = stored["transformer.h.1.ln_2.bias"]
+    bias[0] += 1e-3
+    save_file(stored, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="are not the same model"):
+        list(verify(run, tmp_path / "hf", print))
+
+
+@pytest.mark.parametrize("option", [("--tp", "2"), ("--pp", "2"), ("--naming", "legacy")])
+def test_an_option_that_the_format_has_nothing_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+) -> None:
+    assert command("convert", run, tmp_path / "hf", *option) == 1
+    assert f"{' '.join(option)}: files of huggingface have nothing for it" in capsys.readouterr().err
+    assert command("convert", run, tmp_path / "mg", "--to", "megatron", "--shard-size", "1GB") == 1
+    assert "--shard-size 1GB: files of megatron have nothing for it" in capsys.readouterr().err
 
 
 def test_transformers_has_the_same_tokens(run: Path, tmp_path: Path) -> None:

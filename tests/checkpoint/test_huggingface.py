@@ -292,7 +292,9 @@ def test_a_torch_file_with_code_in_it_is_not_run(saved: Path, tmp_path: Path) ->
     folder = Path(shutil.copytree(saved / "llama", tmp_path / "hf"))
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Attack()}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: holds 'model.norm.weight', .*expected tensors by name only"):
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model.bin: holds 'model.norm.weight', .*expected tensors by name only"
+    ):
         open_weights(folder)
     assert not (tmp_path / "ran").exists()
 

@@ -135,6 +135,12 @@ def test_the_original_config_is_kept_but_for_the_dtype(name: str) -> None:
     assert to_config(other, config, "float16", {}) == to_config(other, None, "float16", {})
 
 
+def test_a_number_that_is_text_is_refused() -> None:
+    config = {**PUBLIC["Llama-3.2-1B"][0], "hidden_size": "2048"}
+    with pytest.raises(CheckpointError, match=r"config\.json: hidden_size is '2048', expected a whole number"):
+        to_model(config, "config.json")
+
+
 def model(**keys: Any) -> Model:
     return Model(layers=2, hidden=32, heads=4, ffn=128, vocabulary=50, positions=16, **keys)
 

@@ -584,4 +584,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert open_weights(small).model.vocabulary == 300
     with pytest.raises(SystemExit):
         main(["convert", str(own), str(tmp_path / "x"), "--vocabulary", "300"])
-    assert "tells the size of its vocabulary itself" in capsys.readouterr().err
+    assert "leave --vocabulary out" in capsys.readouterr().err
