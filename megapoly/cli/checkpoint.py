@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,18 +31,22 @@ def checkpoint_inspect(
     norms: Annotated[bool, typer.Option(help="Read the tensors; without, the manifest alone is read.")] = True,
     json_file: JsonFile = None,
 ) -> None:
-    """The tensors of a checkpoint: names, shapes, dtypes, norms, largest elements.
+    """The model of a checkpoint, as keys of a config, and its tensors: names, shapes, dtypes, norms, largest elements.
 
     [bold]Example:[/bold] megapoly checkpoint inspect runs/demo --only 'weights/*'
     """
     from megapoly.checkpoint import examine
-    from megapoly.checkpoint.state import find
+    from megapoly.checkpoint.state import find, saved_model
     from megapoly.checkpoint.store import Reader
 
     reader = Reader(find(path))
     names = examine.choose(reader, only)
     for line in _about(reader):
         print(line)
+    if reader.meta.keys() & {"model", "config"}:
+        print("[model]  # of a config that has this model")
+        for key, value in saved_model(reader).model_dump(mode="json", exclude_defaults=True).items():
+            print(f"{key} = {_toml(value)}")
     table = make_table("tensor", "shape", "dtype", "pieces", *(("norm", "largest", "not finite") if norms else ()))
     rows: list[dict[str, Any]] = []
     elements = 0
@@ -160,6 +165,12 @@ def _about(reader: Reader) -> list[str]:
     if "layout" in meta:
         lines.append(f"written by {meta['layout']}")
     return lines
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items() if each is not None) + " }"
+    return json.dumps(value)
 
 
 def _bytes(reader: Reader, names: list[str]) -> int:

@@ -22,6 +22,7 @@ from megapoly.checkpoint.verification import verify
 from megapoly.checkpoint.weights import open_weights
 from megapoly.cli import main
 from megapoly.config import Model
+from megapoly.config_file import read_toml
 from megapoly.context import ParallelContext
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import CheckpointError
@@ -148,6 +149,22 @@ def test_an_option_that_the_format_has_nothing_for(
     assert f"{' '.join(option)}: files of huggingface have nothing for it" in capsys.readouterr().err
     assert command("convert", run, tmp_path / "mg", "--to", "megatron", "--shard-size", "1GB") == 1
     assert "--shard-size 1GB: files of megatron have nothing for it" in capsys.readouterr().err
+
+
+def test_inspect_says_the_model_as_a_config_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers", reason="makes the model of this test")
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+    keys = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, rope_parameters=rope, **keys))
+    peer.save_pretrained(tmp_path / "hf")
+    assert command("convert", tmp_path / "hf", tmp_path / "own") == 0
+    capsys.readouterr()
+    assert command("checkpoint", "inspect", tmp_path / "own") == 0
+    text = capsys.readouterr().out.partition("[model]")[2].partition("\n")[2].partition("\n ")[0]
+    (tmp_path / "model.toml").write_text(text)
+    model = Model.model_validate(read_toml(tmp_path / "model.toml"))
+    assert model == open_weights(tmp_path / "hf").model
 
 
 def test_transformers_has_the_same_tokens(run: Path, tmp_path: Path) -> None:
