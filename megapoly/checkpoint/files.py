@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +154,31 @@ class TensorFile:
         """Give back the map, and with it the memory that its pages take."""
         self._bytes = self._mapped = None
 
-    def header_damaged(self) -> bool:
+    def layout(self, tensors: Mapping[str, tuple[Index, torch.dtype]]) -> tuple[int, dict[str, tuple[int, int]]] | None:
+        """Where the header ends, and the bytes of each tensor in the file, by the header as it stands, unchecked.
+
+        Args:
+            tensors: shapes and dtypes, by key, of just those that were written.
+
+        Returns:
+            None where the header is not that of these tensors, one behind the other up to the end of the file.
+        """
+        raw = self._map()
+        data = 8 + int.from_bytes(_buffer(raw[:8]), "little")
         try:
-            self._open("")
-        except CheckpointError:
-            return True
-        return False
+            header = json.loads(bytes(_buffer(raw[8:data]))) if data <= self.size else {}
+            header.pop("__metadata__")
+            spans, at = {}, data
+            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                shape, dtype = tensors[key]
+                spans[key] = at, at + math.prod(shape) * dtype.itemsize
+                offsets = [each - data for each in spans[key]]
+                if entry != {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": offsets}:
+                    return None
+                at = spans[key][1]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return (data, spans) if at == self.size and spans.keys() == tensors.keys() else None
 
     def _open(self, name: str) -> None:
         if self._header:

@@ -147,8 +147,9 @@ def sha256(path: Path) -> str:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path looks like a folder of Hugging Face; the config.json of a run folder has no model_type."""
-    try:
-        return "model_type" in json.loads((path / CONFIG).read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
+    """Whether a path looks like a folder of Hugging Face; the config.json of a run folder has no model_type.
+
+    Raises:
+        CheckpointError: its config.json cannot be read.
+    """
+    return (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)

@@ -154,14 +154,18 @@ def _write_rank(temporary: Path, rank: int, entries: Iterable[Entry]) -> dict[st
         if key in header:
             raise ValueError(f"tensor {entry.name!r} is given twice by this rank")
         end = at + piece.size * entry.data.element_size()
-        shape = box.shape if piece.size == box.size else (piece.size,)
-        header[key] = {"dtype": CODES[entry.data.dtype], "shape": list(shape), "data_offsets": [at, end]}
+        header[key] = {"dtype": CODES[entry.data.dtype], "shape": list(_shape(piece)), "data_offsets": [at, end]}
         place = {"start": list(box.start), "stop": list(box.stop), "range": [piece.start, piece.stop]}
         row["piece"] = {"file": file, "key": key, **place}
         stored.append(entry.data)
         at = end
     record = write_tensors(temporary / file, header, stored) if stored else None
     return {"rows": rows, "files": {file: record} if record else {}}
+
+
+def _shape(piece: Piece) -> Index:
+    """In which a file holds a piece."""
+    return piece.box.shape if piece.size == piece.box.size else (piece.size,)
 
 
 def _check_entry(entry: Entry) -> None:
@@ -325,12 +329,12 @@ class Reader:
 
     def damage(self, progress: Callable[[int], object] = lambda done: None) -> list[Damage]:
         """Check every byte of every file, in little memory; ``progress`` hears of the bytes of each block."""
-        found = [
-            (name, file, start, stop) for name, file in self._files.items() for start, stop in file.damaged(progress)
-        ]
-        return [
-            Damage(name, start, stop, tuple(self._names_at(file, start, stop))) for name, file, start, stop in found
-        ]
+        found = []
+        for name, file in self._files.items():
+            damaged = file.damaged(progress)
+            names = self._names_in(file) if damaged else None
+            found += [Damage(name, start, stop, tuple(names(start, stop))) for start, stop in damaged if names]
+        return found
 
     def verify(self) -> None:
         """Check every byte of every file.
@@ -342,12 +346,23 @@ class Reader:
         if damaged:
             raise CheckpointError(f"{self.path}: damaged: {some(damaged)}; move its folder away to use the one before")
 
-    def _names_at(self, file: TensorFile, start: int, stop: int) -> list[str]:
-        """Tensors with bytes in a range of a file; nobody knows where its header is damaged."""
-        if file.header_damaged():
-            return ["the file's header is damaged"]
-        spans = [(name, *file.span(key)) for name, rows in self._pieces.items() for of, key, _ in rows if of is file]
-        return [name for name, a, b in spans if a < stop and start < b] or ["the file's header"]
+    def _names_in(self, file: TensorFile) -> Callable[[int, int], list[str]]:
+        """What tells the tensors with bytes in a range of a file, and the header where it has some.
+
+        Nothing but the header says where tensors are, and its own block may be damaged without it: so it is taken as
+        it stands wherever it says just what was written.
+        """
+        rows = [(name, key, piece) for name, each in self._pieces.items() for of, key, piece in each if of is file]
+        layout = file.layout({key: (_shape(piece), self.tensors[name][1]) for name, key, piece in rows})
+
+        def names_at(start: int, stop: int) -> list[str]:
+            if layout is None:
+                return ["the file's header is damaged"]
+            begin, spans = layout
+            found = [name for name, key, _ in rows if spans[key][0] < stop and start < spans[key][1]]
+            return [*found, *(["or the file's header" if found else "the file's header"] if start < begin else [])]
+
+        return names_at
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

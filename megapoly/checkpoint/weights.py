@@ -6,6 +6,7 @@ needs weights, a new run, ``generate`` or ``convert``, reads the pieces that it 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def find(path: Path) -> Path:
     Raises:
         CheckpointError: there are no weights.
     """
-    return path if _format(path) is not Native else state.find(path)
+    return path if format_of(path) is not Native else state.find(path)
 
 
 def open_weights(path: Path, vocabulary: int | None = None) -> Weights:
@@ -146,7 +147,7 @@ def open_weights(path: Path, vocabulary: int | None = None) -> Weights:
     Raises:
         CheckpointError: there are none, or they are damaged, or not all of the model is there.
     """
-    kind = _format(path)
+    kind = format_of(path)
     if kind is Megatron:
         return Megatron(path, vocabulary)
     if vocabulary is not None:
@@ -157,12 +158,25 @@ def open_weights(path: Path, vocabulary: int | None = None) -> Weights:
     return kind(path)
 
 
-def _format(path: Path) -> type[HuggingFace] | type[Megatron] | type[Native]:
-    if (path / folders.MANIFEST).exists() or (path / folders.CHECKPOINTS).is_dir():
+def format_of(path: Path) -> type[HuggingFace] | type[Megatron] | type[Native]:
+    """The format of the weights that a path holds, as its files have it; none of them is opened.
+
+    Raises:
+        CheckpointError: the path does not exist, or is nothing of the kind; a ``config.json`` that is not JSON.
+    """
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: does not exist; check the path")
+    if (path / folders.MANIFEST).exists() or (path / folders.CHECKPOINTS).is_dir() or folders.steps(path):
         return Native
     if huggingface.is_folder(path):
         return HuggingFace
-    return Megatron if megatron.is_folder(path) else Native
+    if megatron.is_folder(path):
+        return Megatron
+    raise CheckpointError(
+        f"{path}: {'holds no weights' if path.is_dir() else 'is no folder'}; expected a run of megapoly (with"
+        f" {folders.CHECKPOINTS}) or a whole checkpoint (with {folders.MANIFEST}), a folder of Hugging Face (with a"
+        f" {huggingface.CONFIG} that has a model_type), or one of Megatron (with {megatron.TRACKER} or mp_rank_*)"
+    )
 
 
 def fill(weights: Weights, parameters: Iterable[nn.Parameter]) -> None:

@@ -237,6 +237,29 @@ def test_a_checkpoint_of_weights_only(
         open_weights(own)
 
 
+def test_what_holds_no_weights_says_what_was_looked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    forms = "expected a run of megapoly .* or a whole checkpoint .* a folder of Hugging Face .* or one of Megatron"
+    with pytest.raises(CheckpointError, match=f"folder: holds no weights; {forms}"):
+        open_weights(folder)
+    (folder / "config.json").write_text('{"vocab_size": 5}')
+    with pytest.raises(CheckpointError, match=f"folder: holds no weights; {forms}"):
+        open_weights(folder)
+    with pytest.raises(CheckpointError, match=f"json: is no folder; {forms}"):
+        open_weights(folder / "config.json")
+    (folder / "config.json").write_text('{"model_type": "llama",}')
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON \(.*line 1 column 24"):
+        open_weights(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.json: holds list, expected an object"):
+        open_weights(folder)
+    # A run that has no checkpoint yet.
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoints: no whole checkpoint"):
+        open_weights(folder)
+
+
 def test_what_is_refused_is_one_message(
     toml: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,7 +269,7 @@ def test_what_is_refused_is_one_message(
 
     (tmp_path / "there").mkdir()
     assert message(run, tmp_path / "there").startswith(f"{tmp_path / 'there'}: exists already")
-    assert "no whole checkpoint" in message(tmp_path / "nothing", tmp_path / "new")
+    assert message(tmp_path / "nothing", tmp_path / "new") == f"{tmp_path / 'nothing'}: does not exist; check the path"
     assert "expected a size such as 5GB" in message(run, tmp_path / "new", "--shard-size", "5XB")
     other = tmp_path / "other.model"
     other.write_bytes(b"none")

@@ -482,11 +482,12 @@ def test_a_flipped_byte_anywhere_is_found_and_located(saved):
         with pytest.raises(CheckpointError) as error:
             Reader(saved).verify()
         assert f"rank-00000.safetensors bytes {start} to {stop} (" in str(error.value)
-        if start >= header:
-            names = [name for name in "ba" if where[name][0] < stop and start < where[name][1]]
-            assert f"({', '.join(names)})" in str(error.value)
+        names = [name for name in "ba" if where[name][0] < stop and start < where[name][1]]
+        if at >= header:
+            told = ", ".join([*names, "or the file's header"] if start < header else names)
+            assert f"({told})" in str(error.value)
         else:
-            assert "header is damaged" in str(error.value)
+            assert "the file's header" in str(error.value)
         flip(file, at)
     Reader(saved).verify()
 

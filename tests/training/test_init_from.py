@@ -140,8 +140,8 @@ def test_another_model_is_refused_by_tensor(toml: Path, source: Path, tmp_path: 
 def test_what_is_not_there_or_does_not_fit_never_becomes_random_weights(
     toml: Path, source: Path, tmp_path: Path
 ) -> None:
-    for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    for path, expected in ((tmp_path / "nowhere", "nowhere: does not exist"), (tmp_path, "holds no weights; expected")):
+        with pytest.raises(CheckpointError, match=expected):
             begin(toml, tmp_path / "run", path)
     with pytest.raises(ConfigError, match="--resume goes on with a run, and --init-from begins a new one"):
         begin(toml, tmp_path / "run", source, resume="always")
