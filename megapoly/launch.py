@@ -112,9 +112,11 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and count == 0):
         return torch.device("cpu")
     if count == 0:
-        raise ConfigError(
-            f"layout.device {wanted!r}: torch finds no GPU on this machine; set it to 'cpu' or 'auto', or install"
-            " a build of torch for its GPUs"
+        raise everywhere(
+            ConfigError(
+                f"layout.device {wanted!r}: torch finds no GPU on this machine; set it to 'cpu' or 'auto', or install"
+                " a build of torch for its GPUs"
+            )
         )
     if local_rank >= count:
         raise ConfigError(

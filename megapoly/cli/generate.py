@@ -5,18 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megapoly.errors import ConfigError, MegapolyError
+from megapoly.errors import ConfigError
 
 if TYPE_CHECKING:
     from megapoly.context import ParallelContext
     from megapoly.generate import Completion, Generator, Sampling
+    from megapoly.generate.prompts import JsonLines
 
 _ROUND = 8  # batches of each replica after which the texts are shown
+_STDOUT = Path("-")
 
 
 def generate_texts(
@@ -48,7 +51,13 @@ def generate_texts(
     tp: Annotated[int, typer.Option(min=1, help="Ranks that share every layer, under torchrun.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Ranks that share the layers out, under torchrun.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Texts at a time, of each replica of the model.")] = 16,
-    jsonl: Annotated[Path | None, typer.Option(help="Write all texts here, an object a line; - is the output.")] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the texts here as they come, an object a line; replaces a file that exists, when the first are"
+            " there. - is the output."
+        ),
+    ] = None,
 ) -> None:
     """Continue texts with a trained model, alone or as one rank of a torchrun.
 
@@ -60,16 +69,18 @@ def generate_texts(
     from megapoly.engine import DTYPES
     from megapoly.generate import Generator, Sampling
     from megapoly.launch import run_meshed
-
-    sampling = Sampling(tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), samples, seed)
-    if not prompts and file is None:
-        raise ConfigError("nothing to continue: give --prompt TEXT or --prompts FILE")
+    from megapoly.run import agree
 
     def work(context: ParallelContext) -> None:
+        sampling = agree(
+            context,
+            lambda: Sampling(tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), samples, seed),
+        )
         texts = _agreed_prompts(prompts or [], file, context)
-        chosen = None if dtype is None else DTYPES[dtype]
-        generator = Generator.open(model, tokenizer, chosen, context=context, batch=batch)
-        _Printer(context, jsonl).run(generator, texts, sampling)
+        with agree(context, lambda: _output(jsonl, context)) as output:
+            chosen = None if dtype is None else DTYPES[dtype]
+            generator = agree(context, lambda: Generator.open(model, tokenizer, chosen, context=context, batch=batch))
+            _Printer(context, jsonl, output).run(generator, texts, sampling)
 
     raise typer.Exit(run_meshed(tp, pp, device, work))
 
@@ -77,42 +88,50 @@ def generate_texts(
 def _agreed_prompts(given: list[str], file: Path | None, context: ParallelContext) -> list[str]:
     """Prompts of the first rank, which alone has the input, on all."""
     from megapoly import comm
-    from megapoly.errors import everywhere
     from megapoly.generate.prompts import read_prompts
+    from megapoly.run import agree
 
-    found: list[str] | MegapolyError = given
-    if context.rank == 0 and file is not None:
-        try:
-            found = [*given, *read_prompts(file)]
-        except MegapolyError as error:
-            found = error
-    found = comm.broadcast_object(found, context.control)
-    if isinstance(found, MegapolyError):
-        raise everywhere(found)
+    def read() -> list[str]:
+        if not given and file is None:
+            raise ConfigError("nothing to continue: give --prompt TEXT or --prompts FILE")
+        return [*given, *(read_prompts(file) if file is not None and context.rank == 0 else ())]
+
+    found: list[str] = comm.broadcast_object(agree(context, read), context.control)
     return found
+
+
+def _output(jsonl: Path | None, context: ParallelContext) -> AbstractContextManager[JsonLines | None]:
+    """The file of the first rank, which finds out that it cannot be written before there are any texts."""
+    from megapoly.generate.prompts import JsonLines
+
+    return nullcontext() if context.rank > 0 or jsonl in (None, _STDOUT) else JsonLines(jsonl)
 
 
 class _Printer:
     """Shows the texts on the first rank."""
 
-    def __init__(self, context: ParallelContext, jsonl: Path | None) -> None:
-        self._first, self._jsonl = context.rank == 0, jsonl
+    def __init__(self, context: ParallelContext, jsonl: Path | None, output: JsonLines | None) -> None:
+        self._first, self._output = context.rank == 0, output
         self._replicas = context.dp.size
-        self._shown = jsonl != Path("-")
+        self._streams, self._json = jsonl is None, jsonl == _STDOUT
 
     def run(self, generator: Generator, prompts: Sequence[str], sampling: Sampling) -> None:
         begin = time.perf_counter()
-        if len(prompts) == sampling.samples == 1 and self._jsonl is None:
+        if len(prompts) == sampling.samples == 1 and self._streams:
             self._stream(generator, prompts[0], sampling)
             return
         step = _ROUND * generator.batch * self._replicas
-        found: list[Completion] = []
+        texts = tokens = 0
         for at in range(0, len(prompts), step):
             part = generator.generate(prompts[at : at + step], sampling, first=at)
-            found += part
-            for each in part if self._shown else ():
-                self._write(f"{each.prompt}|{each.text}\n")
-        self._finish(found, time.perf_counter() - begin)
+            self._show(part)
+            texts += len(part)
+            tokens += sum(len(each.tokens) for each in part)
+        seconds = time.perf_counter() - begin
+        if self._first:
+            sys.stderr.write(
+                f"{texts} texts, {tokens} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):.1f} tokens/s\n"
+            )
 
     def _stream(self, generator: Generator, prompt: str, sampling: Sampling) -> None:
         self._write(f"{prompt}|")
@@ -120,22 +139,15 @@ class _Printer:
             self._write(part)
         self._write("\n")
 
-    def _finish(self, found: Sequence[Completion], seconds: float) -> None:
-        from megapoly.data.files import write_whole
+    def _show(self, part: Sequence[Completion]) -> None:
         from megapoly.generate.prompts import to_json_lines
 
-        if not self._first:
-            return
-        if self._jsonl is not None:
-            lines = to_json_lines(found)
-            if self._shown:
-                write_whole(self._jsonl, lines)
-            else:
-                sys.stdout.write(lines.decode())
-        tokens = sum(len(each.tokens) for each in found)
-        sys.stderr.write(
-            f"{len(found)} texts, {tokens} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):.1f} tokens/s\n"
-        )
+        if self._output is not None:
+            self._output.add(part)
+        if self._json:
+            self._write(to_json_lines(part).decode())
+        else:
+            self._write("".join(f"{each.prompt}|{each.text}\n" for each in part))
 
     def _write(self, text: str) -> None:
         if self._first:

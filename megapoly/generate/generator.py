@@ -21,7 +21,7 @@ import torch
 from megapoly import comm
 from megapoly.checkpoint.weights import Weights, open_weights
 from megapoly.context import ParallelContext
-from megapoly.errors import ConfigError
+from megapoly.errors import ConfigError, MegapolyError, everywhere
 from megapoly.generate.replica import Replica
 from megapoly.generate.rows import Row, grow
 from megapoly.generate.sampling import Sampling
@@ -125,9 +125,7 @@ class Generator:
         Raises:
             ConfigError: a prompt that leaves no position for a token.
         """
-        ids = [self._ids(number, prompt) for number, prompt in enumerate(prompts, first)]
-        for number, each in enumerate(ids, first):
-            self._check_length(number, each)
+        ids = [self._prompt_ids(number, prompt) for number, prompt in enumerate(prompts, first)]
         works = [(number, sample) for number in range(len(ids)) for sample in range(sampling.samples)]
 
         def work(mine: list[tuple[int, int]]) -> list[Completion]:
@@ -148,8 +146,7 @@ class Generator:
         """
         if sampling.samples != 1:
             raise ConfigError(f"stream: samples {sampling.samples} cannot be streamed; ask for 1, or use generate")
-        ids = self._ids(0, prompt)
-        self._check_length(0, ids)
+        ids = self._prompt_ids(0, prompt)
         return self._parts(self._row(ids, sampling), sampling)
 
     def _parts(self, row: Row, sampling: Sampling) -> Iterator[str]:
@@ -210,6 +207,21 @@ class Generator:
         self._check_ids(number, ids)
         return ids or self.vocabulary.beginning
 
+    def _prompt_ids(self, number: int, prompt: Prompt) -> list[int]:
+        """Those of a prompt that leaves a position for a token. All ranks have the same, and so the same errors."""
+        try:
+            ids = self._ids(number, prompt)
+        except MegapolyError as error:
+            raise everywhere(error) from None
+        if len(ids) >= self.positions:
+            raise everywhere(
+                ConfigError(
+                    f"prompt {number}: has {len(ids)} tokens, and the model {self.positions} positions for a prompt and"
+                    f" its text together; shorten it to {self.positions - 1} tokens or less"
+                )
+            )
+        return ids
+
     def _check_ids(self, number: int, ids: Sequence[int]) -> None:
         most = self.replica.model.vocabulary
         wrong = next((i for i in ids if not 0 <= i < most), None)
@@ -217,13 +229,6 @@ class Generator:
             raise ConfigError(
                 f"prompt {number}: token {wrong} is outside the model's vocabulary of {most} ids; give the tokenizer of"
                 f" the model (here {self.vocabulary.path})"
-            )
-
-    def _check_length(self, number: int, ids: Sequence[int]) -> None:
-        if len(ids) >= self.positions:
-            raise ConfigError(
-                f"prompt {number}: has {len(ids)} tokens, and the model {self.positions} positions for a prompt and its"
-                f" text together; shorten it to {self.positions - 1} tokens or less"
             )
 
     def _text(self, prompt: Prompt) -> str:

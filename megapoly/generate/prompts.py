@@ -1,4 +1,4 @@
-"""Prompts from a file, and completions as JSON lines."""
+"""Prompts from a file, and completions as JSON lines in one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from megapoly.errors import DataError
@@ -53,3 +54,45 @@ def _from_json(path: Path, number: int, line: str) -> str:
 def to_json_lines(completions: Sequence[Completion]) -> bytes:
     """One object a completion, with its fields."""
     return "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in completions).encode()
+
+
+class JsonLines:
+    """A file that completions are added to as they come, so that an interruption keeps those that are there.
+
+    Opening it shows that it can be written. What it held is replaced when the first completions come, not before.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._made, self._begun = path, not path.exists(), False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # this object is the context manager
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._made and not self._begun:
+            self._path.unlink(missing_ok=True)
+
+    def add(self, completions: Sequence[Completion]) -> None:
+        try:
+            if not self._begun and self._path.is_file():  # no pipe or device
+                self._file.truncate(0)
+            self._begun = True
+            rest = memoryview(to_json_lines(completions))
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> DataError:
+        return DataError(f"{self._path}: cannot be written ({error.strerror}); give a file in a folder that can be")

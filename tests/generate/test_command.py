@@ -76,27 +76,65 @@ def test_prompts_from_the_input(
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["hello", "สวัสดี"]
 
 
+def test_a_file_keeps_the_rounds_before_an_interruption(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megapoly.cli.generate._ROUND", 1)
+    out = tmp_path / "new" / "out.jsonl"
+    arguments = (folder, "--prompt", "hello", "--prompt", "or", "--batch", "1", "--jsonl", out)
+    run(*arguments, "--prompt", "a" * 60, "--tokens", "3", code=1)
+    kept = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert kept == ["hello", "or"]
+    before = out.read_bytes()
+    run(tmp_path, "--prompt", "a", "--jsonl", out, code=1)  # before any text: what is there stays
+    assert out.read_bytes() == before
+    run(*arguments, "--tokens", "4")  # replaces it
+    assert [len(json.loads(line)["tokens"]) for line in out.read_text().splitlines()] == [4, 4]
+    run(tmp_path, "--prompt", "a", "--jsonl", tmp_path / "none.jsonl", code=1)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def torchrun(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *launcher, "-m", "megapoly", "generate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("", ["--prompt", "a" * 60], "prompt 0: has 60 tokens"),
+        ("none", ["--prompt", "a"], "no whole checkpoint"),
+    ],
+)
+def test_torchrun_says_an_error_once(folder: Path, name: str, options: list[str], message: str) -> None:
+    done = torchrun(str(folder / name), *options, "--pp", "2", "--device", "cpu", ranks=2)
+    assert done.returncode != 0
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith(("megapoly:", "error:"))]
+    assert said.startswith("megapoly: ")
+    assert message in said
+
+
 @pytest.mark.long
 def test_torchrun_gives_the_same_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(folder), "--tokens", "6", "--prompt", "hello", "--prompt", "or", "--device", "cpu"]
     run(*arguments)
     expected = capsys.readouterr().out
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megapoly"]
-    done = subprocess.run(
-        [*command, "generate", *arguments, "--pp", "2"], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
+    done = torchrun(*arguments, "--pp", "2", ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected
 
 
 def test_errors_are_one_message(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        ((folder,), "error: nothing to continue: give --prompt TEXT or --prompts FILE"),
-        ((folder, "--prompt", "a", "--top-p", "0"), "error: sampling: top_p 0.0 is out of range"),
+        ((folder,), "megapoly: nothing to continue: give --prompt TEXT or --prompts FILE"),
+        ((folder, "--prompt", "a", "--top-p", "0"), "megapoly: sampling: top_p 0.0 is out of range"),
         ((folder, "--prompt", "a", "--tp", "2"), "megapoly: 1 process was started, which --tp 2 x --pp 1 = 2 does not"),
         ((tmp_path, "--prompt", "a"), f"megapoly: {tmp_path}"),
         ((folder, "--prompt", "a", "--tokenizer", "no.model"), "megapoly: no.model: cannot be read"),
         ((folder, "--prompt", "a" * 60), "megapoly: prompt 0: has 60 tokens, and the model 48 positions"),
+        ((folder, "--prompt", "a", "--jsonl", "/dev/null/a"), "megapoly: /dev/null/a: cannot be written (Not a"),
         ((folder, "--prompts", tmp_path / "none.txt"), f"megapoly: {tmp_path}/none.txt: cannot be read (No such file"),
     ):
         run(*arguments, code=1)
