@@ -33,7 +33,7 @@ FILE = "model_optim_rng.pt"
 TOKENIZER, ORIGIN = "tokenizer", "megapoly.json"  # what megapoly adds, which Megatron does not look at
 _FILES = (FILE, "model_rng.pt")  # the second beside a distributed optimizer, before mid-2023
 _RANK = re.compile(r"mp_rank_(\d{2,})(_\d{3,})?(_\d{3,})?")
-_ORDERS = {0: "kinds", 1: "channels", 2: "groups", 3: "groups"}
+_ORDERS: dict[float, str] = {0: "kinds", 1: "channels", 2: "groups", 3: "groups"}
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_RANKS = 1 << 16
 _DEEPEST = 8  # of the folders of names in a file
@@ -313,7 +313,7 @@ def _order(file: TorchFile, naming: str, model: Model) -> str:
     if naming != "legacy":
         return "groups"
     version = _number(file, "checkpoint_version")
-    order = _ORDERS.get(int(version)) if version == int(version) else None
+    order = _ORDERS.get(version)
     if order is None or (order != "groups" and model.groups != model.heads):
         raise CheckpointError(
             f"{file.path}: checkpoint_version is {version}, expected one of {', '.join(map(str, _ORDERS))}, and at"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import pickletools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -108,7 +109,9 @@ def load(stream: IO[bytes] | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
     machine = _Machine()
     program = pickletools.genops(stream)  # type: ignore[arg-type]  # it reads and reads lines: a map will do
     try:
-        return machine.run(program), machine.storages
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of text in it that is escaped in no way that Python knows
+            return machine.run(program), machine.storages
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"its pickle is damaged: {error}") from error
 

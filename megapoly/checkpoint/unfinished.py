@@ -55,7 +55,7 @@ class Unfinished:
             ) from error
 
     def done(self, name: str) -> Any | None:
-        """The record of a file that is finished, else None."""
+        """The record of a file that is finished, else None: a file whose ``done`` is asked for needs a record."""
         return self._finished.get(name)
 
     def finish_file(self, name: str, write: Callable[[Path], T]) -> T:
@@ -137,7 +137,8 @@ class Unfinished:
         sync_folder(self.path.parent)
 
     def _lock(self) -> None:
-        self._journal = open(self.path / _JOURNAL, "a+b")  # noqa: SIM115 - closed by __exit__
+        # Unbuffered, since a buffer that a full disk refused would be written, and refused, again by closing it.
+        self._journal = open(self.path / _JOURNAL, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -164,8 +165,9 @@ class Unfinished:
         }
 
     def _note(self, line: Any) -> None:
-        self._journal.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._journal.flush()
+        rest = memoryview(json.dumps(line, allow_nan=False).encode() + b"\n")
+        while rest:
+            rest = rest[self._journal.write(rest) or 0 :]
         os.fsync(self._journal.fileno())
 
     def _remove_strangers(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console
@@ -146,6 +146,42 @@ def bench_checkpoint(
         rows = checkpoint.measure(options, status.update)
     document = report.make_report(rows, report.cpu_name(), checkpoint.settings(options))
     _tell(document, "checkpoint", checkpoint, json_file, save)
+
+
+@bench_app.command("generate")
+def bench_generate(
+    family: Annotated[
+        Literal["llama", "gpt2", "bloom"], typer.Option(help="Of the model, which has random weights.")
+    ] = "llama",
+    layers: Annotated[int, typer.Option(min=1)] = 12,
+    hidden: Annotated[int, typer.Option(min=1)] = 768,
+    heads: Annotated[int, typer.Option(min=1)] = 12,
+    groups: Annotated[int, typer.Option(min=1, help="Key-value heads of llama.")] = 4,
+    vocabulary: Annotated[int, typer.Option(min=1)] = 32000,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=2, help="That are generated.")] = 64,
+    batches: Annotated[str, typer.Option(help="Numbers of prompts at a time.")] = "1,8",
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each side; the median counts.")] = 3,
+    json_file: JsonFile = None,
+    save: Save = None,
+) -> None:
+    """Greedy texts on the CPU in fp32 beside transformers' generate, and beside what the machine reads and multiplies.
+
+    [bold]Example:[/bold] megapoly bench generate --batches 1,8 --json generate.json
+    """
+    from megapoly.bench import generate, report
+
+    sizes = [int(name) if name.isdigit() else 0 for name in _names(batches)]
+    if not sizes or not all(sizes):
+        raise ConfigError(f"--batches {batches!r}: expected numbers with commas between them, such as 1,8")
+    options = generate.Options(
+        family, layers, hidden, heads, groups, vocabulary, prompt, tokens, sizes, threads, repeats
+    )  # fmt: skip
+    with Console(stderr=True).status("") as status:
+        rows = generate.measure(options, status.update)
+    document = report.make_report(rows, report.cpu_name(), generate.settings(options))
+    _tell(document, "generate", generate, json_file, save)
 
 
 class _Style(Protocol):

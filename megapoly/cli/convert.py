@@ -28,7 +28,7 @@ def convert(
         typer.Option(help="Format of DST.  [default: huggingface from megapoly's own, else megapoly]"),
     ] = None,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Of all tensors.  [default: as they are]")
+        Literal["bf16", "fp16", "fp32", "fp64"] | None, typer.Option(help="Of all tensors.  [default: as they are]")
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Megatron: tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Megatron: pipeline stages.")] = 1,
@@ -59,15 +59,14 @@ def convert(
 
     Streams tensor by tensor. Interrupted, the same command goes on after the files that are finished.
 
-    [bold]Example:[/bold] megapoly convert runs/demo hf/demo --dtype bfloat16 --verify
+    [bold]Example:[/bold] megapoly convert runs/demo hf/demo --dtype bf16 --verify
     """  # fmt: skip
-    import torch
-
     from megapoly.checkpoint import convert as conversion
     from megapoly.checkpoint.megatron import Megatron
     from megapoly.checkpoint.weights import Options
+    from megapoly.engine import DTYPES
 
-    options = Options(getattr(torch, dtype) if dtype else None, _bytes(shard_size), tp, pp, naming)
+    options = Options(DTYPES[dtype] if dtype else None, _bytes(shard_size), tp, pp, naming)
     weights = conversion.open_source(source, vocabulary, tokenizer)
     begin = time.perf_counter()
     with make_bar(target.name) as (bar, task):

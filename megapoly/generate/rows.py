@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megapoly.errors import TrainingError, everywhere
 from megapoly.generate.replica import Replica, log_probabilities
 from megapoly.generate.sampling import Draws, Sampling, choose
 from megapoly.generate.text import Decodes, GrowingText
@@ -77,6 +79,9 @@ def grow(replica: Replica, rows: Sequence[Row], sampling: Sampling, vocabulary: 
 
     Args:
         vocabulary: ids that may be drawn: the model's may have more than the tokenizer.
+
+    Raises:
+        TrainingError: logits that are not finite.
     """
     alive = list(rows)
     room = max(row.most for row in alive) - 1  # the last token of a text is not read
@@ -84,6 +89,13 @@ def grow(replica: Replica, rows: Sequence[Row], sampling: Sampling, vocabulary: 
     chooser = _Chooser(alive, sampling, vocabulary, replica.context.device)
     while True:
         chosen = replica.agree(None if logits is None else chooser.choose(logits, alive), (2, len(alive))).tolist()
+        if not all(map(math.isfinite, chosen[1])):
+            raise everywhere(
+                TrainingError(
+                    f"the model's logits in {replica.dtype} are no numbers, so that no token can be chosen; try another"
+                    " dtype (--dtype fp32), or an earlier checkpoint"
+                )
+            )
         added = [row.add(int(token), value) for row, token, value in zip(alive, *chosen)]
         order = _without_ended(alive)
         ended = len(order) < len(alive)

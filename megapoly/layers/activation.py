@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from megapoly.layers.call import apply
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -31,7 +33,7 @@ class Activation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """With a gradient; keeps ``x`` for it and nothing else."""
-        return _Apply.apply(x, self)
+        return apply(_Apply, x, self)
 
 
 class _Apply(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,20 @@ def whole_spec(name: str, shape: Index, place: Place, *, decay: bool, mean: floa
 
 def spec_of(tensor: Tensor) -> ParamSpec:
     return tensor.spec  # type: ignore[attr-defined]
+
+
+class _Forgotten:
+    """In place of autograd's context, where there is no backward pass to keep anything for."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, or under inference mode its forward pass alone: the rest costs as much as a small product."""
+    if torch.is_inference_mode_enabled():
+        return function.forward(_Forgotten(), *arguments)
+    return function.apply(*arguments)
 
 
 def hand_over(sink: GradSink | None, target: Tensor | None, accumulate: Callable[[Tensor], object]) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megapoly import comm
 from megapoly.context import ALONE, Axis
-from megapoly.layers.call import Call, Place, hand_over, parameter, whole_spec
+from megapoly.layers.call import Call, Place, apply, hand_over, parameter, whole_spec
 from megapoly.spec import ParamSpec, shard
 
 
@@ -77,7 +77,7 @@ class VocabularyEmbedding(nn.Module):
     def forward(self, tokens_SB: Tensor, call: Call) -> Tensor:
         """``[s, B, hidden]``."""
         split = call.sequence_parallel
-        return _Lookup.apply(self.weight, tokens_SB, self.start, self.count, self.tp, split, call.sink)
+        return apply(_Lookup, self.weight, tokens_SB, self.start, self.count, self.tp, split, call.sink)
 
 
 class PositionEmbedding(nn.Module):
@@ -91,4 +91,4 @@ class PositionEmbedding(nn.Module):
     def forward(self, positions_SB: Tensor, call: Call) -> Tensor:
         """``[s, B, hidden]``."""
         positions_sB = call.slice(positions_SB, self.tp)
-        return _Lookup.apply(self.weight, positions_sB, 0, self.weight.shape[0], ALONE, False, call.sink)
+        return apply(_Lookup, self.weight, positions_sB, 0, self.weight.shape[0], ALONE, False, call.sink)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megapoly import comm
 from megapoly.context import Axis
 from megapoly.layers.activation import Activation
-from megapoly.layers.call import Call, GradSink, Place, hand_over, parameter, whole_spec
+from megapoly.layers.call import Call, GradSink, Place, apply, hand_over, parameter, whole_spec
 from megapoly.layers.product import add_product, product
 from megapoly.spec import Index, ParamSpec, shard
 
@@ -107,7 +107,7 @@ class _Row(torch.autograd.Function):
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, call: Call) -> Tensor:
     """``x`` [s, B, inputs] -> [S, B, outputs of this rank]. The gradient of ``x`` is summed over ``tp``."""
-    return _Column.apply(x, weight, bias, tp, call.sequence_parallel, call.sink)
+    return apply(_Column, x, weight, bias, tp, call.sequence_parallel, call.sink)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -153,4 +153,4 @@ class RowParallelLinear(nn.Module):
 
         With ``activation`` the input goes through it, which is computed again in the backward pass, not kept.
         """
-        return _Row.apply(x_SBI, self.weight, self.bias, self.tp, call.sequence_parallel, activation, call.sink)
+        return apply(_Row, x_SBI, self.weight, self.bias, self.tp, call.sequence_parallel, activation, call.sink)

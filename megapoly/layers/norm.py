@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megapoly.config import Model
-from megapoly.layers.call import Call, Place, accumulation_dtype, hand_over, parameter, whole_spec
+from megapoly.layers.call import Call, Place, accumulation_dtype, apply, hand_over, parameter, whole_spec
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = parameter(whole_spec(f"{name}.weight", (hidden,), place, decay=False, mean=1.0), place)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.epsilon, call.sink)
+        return apply(_RMSNorm, x, self.weight, self.epsilon, call.sink)
 
 
 class LayerNorm(nn.Module):
@@ -84,7 +84,7 @@ class LayerNorm(nn.Module):
         self.bias = parameter(whole_spec(f"{name}.bias", (hidden,), place, decay=False), place)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon, call.sink)
+        return apply(_LayerNorm, x, self.weight, self.bias, self.epsilon, call.sink)
 
 
 def make_norm(name: str, model: Model, place: Place) -> LayerNorm | RMSNorm:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megapoly.config import Model, RopeScaling
-from megapoly.layers.call import accumulation_dtype
+from megapoly.layers.call import accumulation_dtype, apply
 
 
 class Rotary:
@@ -83,4 +83,4 @@ def rotate(qkv: Tensor, table: Tensor, per_group: int) -> Tensor:
 
     ``table`` is that of :meth:`Rotary.table`.
     """
-    return _Rotate.apply(qkv, table, per_group)
+    return apply(_Rotate, qkv, table, per_group)

@@ -27,7 +27,7 @@ from megapoly.config import Model
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 
-MODEL = Model(layers=6, hidden=64, heads=4, ffn=256, vocabulary=1999, positions=64)
+MODEL = Model(layers=6, hidden=64, heads=4, ffn=256, vocabulary=99, positions=64)
 NOT_WRITTEN, OTHER = 3, 4  # exit codes
 
 
@@ -51,10 +51,10 @@ def attempt(source, target, file_size=None):
         if file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         weights = open_weights(source)
-        convert(weights, target, natural_format(weights), Options(shard_bytes=300_000))
+        convert(weights, target, natural_format(weights), Options(shard_bytes=50_000))
         code = 0
     except CheckpointError as error:
-        code = NOT_WRITTEN if "could not be written (File too large)" in str(error) else OTHER
+        code = NOT_WRITTEN if " be written (File too large)" in str(error) else OTHER
     finally:
         os._exit(code)
 

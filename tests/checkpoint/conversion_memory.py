@@ -16,7 +16,7 @@ from megapoly.config import Model
 from tests.checkpoint.conversion import MODEL, make
 
 LARGE = Model(layers=6, hidden=1024, heads=8, ffn=4096, vocabulary=32000, positions=512)
-OPTIONS = Options(shard_bytes=400_000_000)
+OPTIONS = Options(shard_bytes=400_000_000, tp=2, pp=2)
 
 
 def memory(what):
@@ -24,9 +24,9 @@ def memory(what):
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
 
 
-def run(source, target):
+def run(source, target, to=None):
     weights = open_weights(source)
-    convert(weights, target, natural_format(weights), OPTIONS)
+    convert(weights, target, to or natural_format(weights), OPTIONS)
     return size(weights, OPTIONS) / 1e6
 
 
@@ -45,20 +45,20 @@ def in_another_process(work):
 
 def main(given):
     torch.set_num_threads(1)
-    root, direction = Path(given["folder"]), given["direction"]
+    root, source, to = Path(given["folder"]), given["source"], given["to"]
 
     def prepare():
         for model, name in ((MODEL, "small"), (LARGE, "large")):
             make(root / name, model)
-            if direction == "to-own":
-                run(root / name, root / f"{name}-hf")
+            if source:
+                run(root / name, root / f"{name}-{source}", source)
 
     in_another_process(prepare)
-    end = "-hf" if direction == "to-own" else ""
-    run(root / f"small{end}", root / "first")  # what a first use loads is loaded
+    end = f"-{source}" if source else ""
+    run(root / f"small{end}", root / "first", to)  # what a first use loads is loaded
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
-    written = run(root / f"large{end}", root / "second")
+    written = run(root / f"large{end}", root / "second", to)
     print(json.dumps({"model": written, "before": before, "peak": memory("VmHWM")}))
 
 

@@ -44,6 +44,13 @@ def logits(folder: Path, again: Path, tokens_BS: Tensor) -> Tensor | None:
         parallel_state.destroy_model_parallel()
 
 
+def te_names() -> dict[str, str]:
+    """Beginnings of names in a layer, and what they are where a norm is part of TransformerEngine's linear layer."""
+    layer = get_gpt_layer_local_spec().submodules
+    found: dict[str, str] = layer.sharded_state_dict_keys_map
+    return found
+
+
 def _load(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(folder / "model_optim_rng.pt", weights_only=False)
     return found

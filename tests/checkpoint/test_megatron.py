@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import random
+import re
 import shutil
 import zipfile
 from argparse import Namespace
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megapoly import config
+from megapoly.checkpoint import torch_writer
 from megapoly.checkpoint.convert import convert
 from megapoly.checkpoint.weights import Options, open_weights
 from megapoly.cli import main
@@ -25,6 +27,7 @@ from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 from tests.checkpoint.given import Given, logits, model, read_all
+from tests.checkpoint.test_pickles import edited
 from tests.ranks import run_ranks
 
 MODELS: dict[str, Model] = {
@@ -125,6 +128,19 @@ def test_torch_and_zipfile_read_the_files(tmp_path: Path) -> None:
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release\n"
 
 
+def test_tensors_of_gigabytes_have_the_headers_of_large_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_writer, "_LARGE", 1000)
+    given = Given(MODELS["polylm"])
+    export(given, tmp_path / "megatron")
+    assert_same(tmp_path / "megatron", given)
+    path = tmp_path / "megatron" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    assert path.read_bytes().count(b"\x01\x00\x10\x00") > 10  # the extra field of zip64, of 16 bytes
+    found = load(tmp_path / "megatron", "mp_rank_00")["model"]
+    assert torch.equal(found["embedding.position_embeddings.weight"], given.values["positions.weight"])
+
+
 def test_padding_is_of_zeros_at_the_end(tmp_path: Path) -> None:
     given = Given(MODELS["odd"])
     export(given, tmp_path / "megatron", 3, 1)
@@ -169,10 +185,13 @@ def again(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-again")
 
 
-def megatron_logits(rank: int, size: int, folders: list[Path], tokens_BS: Tensor) -> list[Tensor | None]:
+def megatron_logits(
+    rank: int, size: int, folders: list[Path], tokens_BS: Tensor
+) -> tuple[list[Tensor | None], dict[str, str]]:
     from tests.checkpoint import megatron_peer
 
-    return [megatron_peer.logits(folder, again(folder), tokens_BS) for folder in folders]
+    found = [megatron_peer.logits(folder, again(folder), tokens_BS) for folder in folders]
+    return found, megatron_peer.te_names()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is the oracle of this test")
@@ -184,13 +203,21 @@ def test_megatron_core_loads_the_files_strictly_and_has_our_logits(tmp_path: Pat
         folders.append(export(given, tmp_path / str(number), tp, pp))
         shutil.copytree(folders[-1], again(folders[-1]), ignore=shutil.ignore_patterns("*.pt"))
     ranks = run_ranks(2, megatron_logits, folders, tokens_BS, timeout=300)
-    for (name, (shape, tp, pp)), folder, first, second in zip(PEERS.items(), folders, *ranks, strict=True):
+    (one, te_names), (other, _) = ranks
+    for (name, (shape, tp, pp)), folder, first, second in zip(PEERS.items(), folders, one, other, strict=True):
         expected = torch.cat([first, second], -1) if tp == 2 else second if pp == 2 else first
         mine = logits(Given(shape, torch.float64), tokens_BS)
         assert mine.abs().max() > 0.3, name
         assert (expected[..., : shape.vocabulary] - mine).abs().max() < 1e-12, name
         # The file that megatron-core's own state makes is read, too.
         assert_same(again(folder), Given(shape, torch.float64))
+    # And with TransformerEngine, which runs on GPUs only, the norms are part of the linear layers, by its own table.
+    export(Given(MODELS["polylm"]), tmp_path / "te", naming="core-te")
+    expected_names = set(load(folders[0], "mp_rank_00")["model"])
+    for old, new in te_names.items():
+        layer = re.compile(rf"(decoder\.layers\.\d+\.){re.escape(old)}")
+        expected_names = {layer.sub(rf"\1{new}", key) for key in expected_names}
+    assert set(load(tmp_path / "te", "mp_rank_00")["model"]) == expected_names
 
 
 # --- files put together by hand ---
@@ -486,6 +513,26 @@ def test_damaged_files_are_refused_or_read(tmp_path: Path, zipped: bool) -> None
             wrong += any(not torch.equal(value, given.values.get(name)) for name, value in values.items())
     assert refused > 50
     assert wrong == 0 or not zipped  # old files have no checksums
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.long)])
+def test_edited_files_are_refused_or_read(tmp_path: Path, count: int) -> None:
+    """Whole zip archives, with checksums, of pickles that say something else than Megatron does."""
+    given, draw = Given(model(layers=2, hidden=8, heads=2, ffn=4, vocabulary=5, positions=3)), random.Random(2)
+    folder = export(given, tmp_path / "megatron", 2)
+    path = folder / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    refused = 0
+    for _ in range(count):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, raw in members.items():
+                archive.writestr(name, edited(raw, draw) if name.endswith("data.pkl") else raw)
+        try:
+            read_all(open_weights(folder))
+        except CheckpointError:
+            refused += 1
+    assert count // 2 < refused < count
 
 
 # --- interruptions, and the command ---

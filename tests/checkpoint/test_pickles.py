@@ -7,6 +7,7 @@ import enum
 import io
 import os
 import pickle
+import pickletools
 import random
 import zipfile
 from collections import OrderedDict
@@ -277,7 +278,7 @@ def test_impossible_pickles_are_refused(tmp_path, raw, message):
 
 
 def test_deep_nesting_and_repetition_take_no_room(tmp_path):
-    deep = b"\x80\x02" + b")" + b"\x85" * 200_000 + b"."  # a tuple in a tuple in ...
+    deep = b"\x80\x02" + b")" + b"\x85" * 50_000 + b"."  # a tuple in a tuple in ...
     TorchFile(stored(tmp_path / "file.pt", deep))
     with pytest.raises(CheckpointError, match="as a key"):
         TorchFile(stored(tmp_path / "file.pt", b"\x80\x02}" + deep[2:-1] + b"K\x01s."))
@@ -361,3 +362,40 @@ def test_truncated_and_flipped_files_are_refused_or_read(tmp_path, zipped):
         except CheckpointError:
             refused += 1
     assert refused > 150
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(30_000, marks=pytest.mark.long)])
+def test_edited_pickles_are_refused_or_read(tmp_path, count):
+    """Instructions that are changed, left out, put in and repeated: ValueError, or a value."""
+    raws = []
+    for protocol in (2, 4):
+        torch.save(value(), tmp_path / "file.pt", pickle_protocol=protocol)
+        with zipfile.ZipFile(tmp_path / "file.pt") as archive:
+            raws.append(archive.read("file/data.pkl"))
+    draw, found = random.Random(0), {"read": 0, "refused": 0}
+    for _ in range(count):
+        try:
+            pickles.load(io.BytesIO(edited(draw.choice(raws), draw)))
+            found["read"] += 1
+        except ValueError:
+            found["refused"] += 1
+    assert min(found.values()) > count // 100
+
+
+def edited(raw, draw):
+    """A pickle with a few edits."""
+    raw = bytearray(raw)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        at, copied = draw.randrange(len(raw)), draw.randrange(len(raw))
+        edit = draw.randrange(5)
+        if edit == 0:
+            raw[at] = draw.randrange(256)
+        elif edit == 1:
+            raw[at] ^= 1 << draw.randrange(8)
+        elif edit == 2:
+            raw[at : at + 1] = draw.choice(pickletools.opcodes).code.encode("latin-1")
+        elif edit == 3:
+            raw[at:at] = raw[copied : copied + draw.randrange(1, 40)]
+        else:
+            del raw[at : at + draw.randrange(1, 5)]
+    return bytes(raw)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megapoly.config import load
 from megapoly.context import ParallelContext
 from megapoly.data.tokenizer_training import train_tokenizer
-from megapoly.errors import CheckpointError, ConfigError, DataError
+from megapoly.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megapoly.generate import Generator, Sampling
 from megapoly.generate.sampling import candidates, penalise, uniforms
 from megapoly.layers.call import Call
@@ -278,6 +278,13 @@ def test_another_dtype_and_device(run: Path, folders: dict[str, tuple[Path, nn.M
     half = Generator.open(run, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert {parameter.dtype for parameter in half.replica.stage.parameters()} == {torch.bfloat16}
     assert len(half.generate(["abc"], Sampling(tokens=4))[0].tokens) <= 4
+
+
+def test_a_model_that_gives_no_numbers_is_said(llama: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.replica.stage, "logits", lambda x, call: torch.full((*x.shape[:-1], 263), torch.nan))
+    for sampling in (Sampling(temperature=0), Sampling(), Sampling(top_p=0.5)):
+        with pytest.raises(TrainingError, match=r"logits in torch\.float64 are no numbers"):
+            llama.generate(["a"], sampling)
 
 
 def test_bad_input(run: Path, toml: Path, tmp_path: Path, folders: dict[str, tuple[Path, nn.Module]]) -> None:

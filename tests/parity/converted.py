@@ -43,6 +43,7 @@ def logits(
     if not last:
         dist.send(result.contiguous(), context.pp.ranks[at + 1])
     output = stage.embedding if stage.output is None else stage.output
+    dist.barrier()  # one that closed its groups while another still connects to them would end it
     context.close()
     return (context.tp.rank, output.start, result.transpose(0, 1).numpy()) if last else None
 
