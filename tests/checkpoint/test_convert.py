@@ -179,7 +179,7 @@ def test_a_checkpoint_of_weights_only(
     assert command("convert", run, own, "--to", "megapoly") == 0
     capsys.readouterr()
     assert command("checkpoint", "inspect", own) == 0
-    assert f"{own}: weights only; 1 files of tensors" in capsys.readouterr().out
+    assert f"{own}: weights only; 1 file of tensors" in capsys.readouterr().out
     assert command("checkpoint", "diff", run, own, "--only", "weights/*") == 0
     assert "all 52 tensors are the same" in capsys.readouterr().out
     assert command("checkpoint", "verify", own) == 0
