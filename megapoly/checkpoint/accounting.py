@@ -30,7 +30,7 @@ def check_tensors(
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": other}
     parts = [f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names]
     if parts:
-        raise CheckpointError(f"{path}: {what}; tensors {'; '.join(parts)}. {advice}")
+        raise CheckpointError(f"{path}: {what}; of its tensors {'; '.join(parts)}. {advice}")
 
 
 def some(names: Iterable[str], most: int = 8) -> str:

@@ -50,6 +50,12 @@ class Unfinished:
         try:
             self._begin()
         except OSError as error:
+            files = [each for each in self.final.parents if each.is_file()]
+            if files:
+                raise CheckpointError(
+                    f"{self.final}: cannot be made, since {files[0]} is a file and no folder; give another name, or"
+                    " move it away"
+                ) from error
             raise CheckpointError(
                 f"{self.path}: cannot be written ({error.strerror}); free or choose another disk"
             ) from error
@@ -126,7 +132,8 @@ class Unfinished:
             kept = self._read()
             if kept is not None:
                 self._finished = kept
-                self.note = f"goes on after the {len(kept)} files that an interrupted attempt has finished"
+                files = "file" if len(kept) == 1 else "files"
+                self.note = f"goes on after the {len(kept)} {files} that an interrupted attempt has finished"
                 return
             self._journal.close()
             shutil.rmtree(self.path)

@@ -138,6 +138,21 @@ def find(path: Path) -> Path:
     return path if format_of(path) is not Native else state.find(path)
 
 
+def find_own(path: Path) -> Path:
+    """The folder of the checkpoint of megapoly that a path holds; see :func:`megapoly.checkpoint.state.find`.
+
+    Raises:
+        CheckpointError: there is none, perhaps since the weights are of another format.
+    """
+    kind = format_of(path)
+    if kind is not Native:
+        raise CheckpointError(
+            f"{path}: is no checkpoint of megapoly but a folder of"
+            f" {'Megatron' if kind is Megatron else 'Hugging Face'}; convert it first: megapoly convert {path} DST"
+        )
+    return state.find(path)
+
+
 def open_weights(path: Path, vocabulary: int | None = None) -> Weights:
     """The weights at ``path``: a run folder, a folder of checkpoints, a checkpoint, or one of Hugging Face or Megatron.
 

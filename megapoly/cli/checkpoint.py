@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megapoly.cli.common import SETTINGS, JsonFile, make_bar, make_table, print_whole, write_rows
+from megapoly.cli.common import SETTINGS, JsonFile, count, make_bar, make_table, print_whole, write_rows
 from megapoly.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ def checkpoint_inspect(
     [bold]Example:[/bold] megapoly checkpoint inspect runs/demo --only 'weights/*'
     """
     from megapoly.checkpoint import examine
-    from megapoly.checkpoint.state import find, saved_model
+    from megapoly.checkpoint.state import saved_model
     from megapoly.checkpoint.store import Reader
+    from megapoly.checkpoint.weights import find_own
 
-    reader = Reader(find(path))
+    reader = Reader(find_own(path))
     names = examine.choose(reader, only)
     for line in _about(reader):
         print(line)
@@ -82,14 +83,21 @@ def checkpoint_verify(
 
     [bold]Example:[/bold] megapoly checkpoint verify runs/demo runs/demo/checkpoints/step-00001000
     """
-    from megapoly.checkpoint.state import find
     from megapoly.checkpoint.store import Reader
+    from megapoly.checkpoint.weights import find_own
 
     rows: list[dict[str, Any]] = []
-    bad = 0
+    none = bad = 0
     for path in paths:
         try:
-            reader = Reader(find(path))
+            folder = find_own(path)
+        except CheckpointError as error:
+            none += 1
+            print(error)
+            rows.append(_row(str(path), None, "damaged places", problem=str(error)))
+            continue
+        try:
+            reader = Reader(folder)
             with make_bar(path.name) as (bar, task):
                 bar.update(task, total=sum(reader.files.values()))
                 found = reader.damage(lambda done: bar.advance(task, done))
@@ -100,17 +108,22 @@ def checkpoint_verify(
             continue
         bad += bool(found)
         size = sum(reader.files.values()) / 1e6
-        print(f"{reader.path}: {f'{len(found)} damaged places' if found else 'whole'}, {size:,.2f} MB")
+        print(f"{reader.path}: {count(len(found), 'damaged place') if found else 'whole'}, {size:,.2f} MB")
         for each in found:
             print(f"  {each}")
         places = [{"file": e.file, "start": e.start, "stop": e.stop, "tensors": list(e.tensors)} for e in found]
         rows.append(_row(str(reader.path), len(found), "damaged places", places=places))
     if json_file:
         write_rows(json_file, rows)
+    of = f"of {count(len(paths), 'path')}"
+    problems = [f"{none} {of} {'holds' if none == 1 else 'hold'} no checkpoint of megapoly"] if none else []
     if bad:
-        raise CheckpointError(
-            f"{bad} of {len(paths)} checkpoints are damaged; move their folders away to use the ones before"
+        problems.append(
+            f"{bad} {of} {'is' if bad == 1 else 'are'} damaged; move the folder of a run's checkpoint away to use the"
+            " one before, and make a converted one again"
         )
+    if problems:
+        raise CheckpointError("; ".join(problems))
 
 
 @checkpoint_app.command("diff")
@@ -128,10 +141,10 @@ def checkpoint_diff(
     [bold]Example:[/bold] megapoly checkpoint diff runs/a/checkpoints/step-00001000 runs/b --only 'weights/*'
     """
     from megapoly.checkpoint import examine
-    from megapoly.checkpoint.state import find
     from megapoly.checkpoint.store import Reader
+    from megapoly.checkpoint.weights import find_own
 
-    readers = Reader(find(first)), Reader(find(second))
+    readers = Reader(find_own(first)), Reader(find_own(second))
     for reader in readers:
         print(_about(reader)[0])
     with make_bar("diff") as (bar, task):
@@ -161,7 +174,7 @@ def _about(reader: Reader) -> list[str]:
     where = ", ".join(f"{name} {counters[name]:,}" for name in ("sample", "tokens") if name in counters)
     size = sum(reader.files.values()) / 1e6
     what = "weights only" if "model" in meta else f"step {reader.step:,}{', ' + where if where else ''}"
-    lines = [f"{reader.path}: {what}; {len(reader.files)} files of tensors, {size:,.2f} MB"]
+    lines = [f"{reader.path}: {what}; {count(len(reader.files), 'file')} of tensors, {size:,.2f} MB"]
     if "layout" in meta:
         lines.append(f"written by {meta['layout']}")
     return lines

@@ -43,6 +43,11 @@ MemoryMb = Annotated[
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 
 
+def count(number: int, noun: str) -> str:
+    """As in 1 file, 2 files."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def make_table(first: str, *columns: str) -> Table:
     table = Table(first, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megapoly.cli.common import make_bar
+from megapoly.cli.common import count, make_bar
 from megapoly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,20 +80,24 @@ def convert(
     begin = time.perf_counter()
     with make_bar(target.name) as (bar, task):
         bar.update(task, total=conversion.size(weights, options))
-        done = conversion.convert(
-            weights,
-            target,
-            form,
-            options,
-            tell=bar.console.print if bar.console.is_terminal else print,
-            progress=lambda size: bar.advance(task, size),
-        )
+        try:
+            done = conversion.convert(
+                weights,
+                target,
+                form,
+                options,
+                tell=bar.console.print if bar.console.is_terminal else print,
+                progress=lambda size: bar.advance(task, size),
+            )
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on after the finished files", file=sys.stderr)
+            raise typer.Exit(130) from None
     seconds = time.perf_counter() - begin
     if verify:
         _verify(source, target, weights.model.vocabulary if isinstance(weights, Megatron) else None)
     print(
-        f"{target}: {done.format}, {done.tensors:,} tensors in {done.files} files, {done.bytes / 1e6:,.2f} MB in"
-        f" {seconds:.1f} s ({done.bytes / 1e6 / seconds:,.0f} MB/s). {_next(done)}"
+        f"{target}: {done.format}, {count(done.tensors, 'tensor')} in {count(done.files, 'file')},"
+        f" {done.bytes / 1e6:,.2f} MB in {seconds:.1f} s ({done.bytes / 1e6 / seconds:,.0f} MB/s). {_next(done)}"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megapoly.cli.common import SETTINGS, Prefixes, make_bar
+from megapoly.cli.common import SETTINGS, Prefixes, count, make_bar
 from megapoly.cli.data_build import data_build
 from megapoly.cli.data_inspect import data_head, data_inspect
 from megapoly.cli.data_merge import data_merge
@@ -45,7 +45,7 @@ def data_verify(
 
             found = verify(prefix, vocabulary=vocabulary, progress=show)
         unsure = "" if part(prefix, ".json").exists() else "; without a .json no checksum tells of changed bytes"
-        print(f"{prefix}: {f'{len(found)} damaged places' if found else 'whole'}{unsure}")
+        print(f"{prefix}: {count(len(found), 'damaged place') if found else 'whole'}{unsure}")
         for damage in found:
             print(f"  {damage}")
         damaged += bool(found)

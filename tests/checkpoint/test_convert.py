@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from megapoly import config
+from megapoly.checkpoint import convert as conversions
 from megapoly.checkpoint.folders import newest
 from megapoly.checkpoint.store import Reader
 from megapoly.checkpoint.verification import verify
@@ -218,7 +219,7 @@ def test_a_checkpoint_of_weights_only(
     assert command("convert", run, own, "--to", "megapoly") == 0
     capsys.readouterr()
     assert command("checkpoint", "inspect", own) == 0
-    assert f"{own}: weights only; 1 files of tensors" in capsys.readouterr().out
+    assert f"{own}: weights only; 1 file of tensors" in capsys.readouterr().out
     assert command("checkpoint", "diff", run, own, "--only", "weights/*") == 0
     assert "all 52 tensors are the same" in capsys.readouterr().out
     assert command("checkpoint", "verify", own) == 0
@@ -235,6 +236,20 @@ def test_a_checkpoint_of_weights_only(
     (own / "tokenizer" / "tokenizer.model").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer.model: is missing"):
         open_weights(own)
+
+
+def test_interrupted_it_says_how_to_go_on(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversions, "_account", interrupt)  # when the files are written
+        assert command("convert", run, tmp_path / "new") == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on after the finished files\n"
+    assert command("convert", run, tmp_path / "new") == 0
+    assert "that an interrupted attempt has finished" in capsys.readouterr().out
 
 
 def test_what_holds_no_weights_says_what_was_looked_for(tmp_path: Path) -> None:

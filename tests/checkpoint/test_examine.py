@@ -53,7 +53,7 @@ def test_inspect_against_numpy(tmp_path, capsys):
     save(tmp_path / "checkpoints", 12, entries(arrays), {"counters": {"sample": 96, "tokens": 768}, "layout": "dp 2"})
     code, out, _ = run(capsys, "inspect", tmp_path, "--json", tmp_path / "rows.json")
     assert code == 0
-    assert f"{tmp_path}/checkpoints/step-00000012: step 12, sample 96, tokens 768; 1 files of tensors" in out
+    assert f"{tmp_path}/checkpoints/step-00000012: step 12, sample 96, tokens 768; 1 file of tensors" in out
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert sorted(rows) == sorted(arrays)
     for name, tensor in arrays.items():
@@ -88,14 +88,34 @@ def test_verify_names_file_bytes_and_tensors(tmp_path, capsys):
     (short / "rank-00000.safetensors").write_bytes(raw[:-1])
     code, out, err = run(capsys, "verify", bad, short, good, "--json", tmp_path / "rows.json")
     assert code == 1
-    assert f"{bad}: 1 damaged places" in out
+    assert f"{bad}: 1 damaged place, " in out
     assert f"rank-00000.safetensors bytes 0 to {len(raw)} (" in out
     assert f"has {len(raw) - 1} bytes, {len(raw)} were written" in out
     assert f"{good}: whole" in out
-    assert "2 of 3 checkpoints are damaged" in err
+    assert "2 of 3 paths are damaged; move the folder of a run's checkpoint away" in err
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["value"] for row in rows] == [1, 1, 0]
     assert rows[0]["places"][0]["file"] == "rank-00000.safetensors"
+
+
+def test_verify_tells_what_is_no_checkpoint_from_what_is_damaged(tmp_path, capsys):
+    good = save(tmp_path / "good", 1, entries(make()), {})
+    other, empty, megatron = tmp_path / "llama", tmp_path / "run", tmp_path / "gpt"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    (empty / "checkpoints").mkdir(parents=True)
+    (megatron / "mp_rank_00").mkdir(parents=True)
+    paths = (good, other, megatron, empty, tmp_path / "nowhere")
+    code, out, err = run(capsys, "verify", *paths, "--json", tmp_path / "rows.json")
+    assert code == 1
+    assert f"{other}: is no checkpoint of megapoly but a folder of Hugging Face; convert it first" in out
+    assert f"{megatron}: is no checkpoint of megapoly but a folder of Megatron; convert it first" in out
+    assert f"{empty / 'checkpoints'}: no whole checkpoint" in out
+    assert f"{tmp_path / 'nowhere'}: does not exist" in out
+    assert "4 of 5 paths hold no checkpoint of megapoly" in err
+    assert "damaged" not in out + err
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["value"] for row in rows] == [0, None, None, None, None]
 
 
 def test_diff_against_numpy(tmp_path, capsys):

@@ -356,7 +356,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     norm, linear = "decoder.layers.1.input_layernorm.bias", "decoder.layers.0.mlp.linear_fc1.weight"
     refuse(
         edited("mp_rank_01_000", lambda value: value["model"].pop(norm)),
-        rf"tensors 1 missing: mp_rank_01_000: {norm}\. Take a checkpoint of a GPT model",
+        rf"of its tensors 1 missing: mp_rank_01_000: {norm}\. Take a checkpoint of a GPT model",
     )
     refuse(
         edited("mp_rank_00_001", lambda value: value["model"].update({"decoder.new.weight": torch.ones(2)})),

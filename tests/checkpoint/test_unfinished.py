@@ -59,7 +59,7 @@ def test_finished_files_stay_over_an_interruption(tmp_path):
     with open(path / ".journal", "a") as journal:
         journal.write('{"name": "c", "byt')
     with Unfinished(tmp_path / "out", IDENTITY) as unfinished:
-        assert unfinished.note == "goes on after the 1 files that an interrupted attempt has finished"
+        assert unfinished.note == "goes on after the 1 file that an interrupted attempt has finished"
         assert unfinished.done("a") == {"length": 3}
         assert unfinished.done("b") is None
         unfinished.finish_file("b", write("bb"))
@@ -100,6 +100,13 @@ def test_what_exists_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="out: exists already"):
         Unfinished(tmp_path / "out", IDENTITY)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for final in (tmp_path / "file" / "out", tmp_path / "file" / "deeper" / "out"):
+        with pytest.raises(CheckpointError, match=r"out: cannot be made, since .*/file.* is a file and no folder"):
+            Unfinished(final, IDENTITY)
 
 
 def test_two_at_once_are_refused(tmp_path):

@@ -285,7 +285,7 @@ def test_commands_from_text_to_a_verified_dataset(tmp_path, corpus, capsys):
     prefix.with_suffix(".bin").write_bytes(content)
     code, shown = run(capsys, "data", "verify", prefix)
     assert code == 1
-    assert "1 damaged places" in shown.out
+    assert "1 damaged place" in shown.out
     assert "bytes 0 to" in shown.out
     assert "error: 1 of 1 datasets are damaged" in shown.err
 
