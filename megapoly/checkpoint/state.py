@@ -120,9 +120,23 @@ def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
 
 
 def model_differences(model: Model, config: Config) -> list[str]:
-    """Keys in which a checkpoint's model differs from that of ``config``, a line for each."""
-    found, wanted = ({"model": each.model_dump(mode="json")} for each in (model, config.model))
+    """Keys in which a checkpoint's model differs from that of ``config``, a line for each.
+
+    A key that is not given counts as what it stands for.
+    """
+    found, wanted = ({"model": _resolved(each)} for each in (model, config.model))
     return differences(found, wanted, "the checkpoint", "the config")
+
+
+def _resolved(model: Model) -> dict[str, Any]:
+    document = model.model_dump(mode="json")
+    document |= {"key_value_heads": model.groups, "qkv_biases": model.has_qkv_biases}
+    if model.position == "rope":
+        document["rope_base"] = model.wavelength_base
+    if model.rope_scaling is not None:
+        factors = {"low_frequency_factor": model.rope_scaling.low, "high_frequency_factor": model.rope_scaling.high}
+        document["rope_scaling"] |= factors
+    return document
 
 
 def load_weights(reader: store.Reader, stage: DecoderStage) -> None:

@@ -74,7 +74,11 @@ def train(
         bool, typer.Option("--resume-if-any", help="The same, or begin where the run has none: for job queues.")
     ] = False,
     init_from: Annotated[
-        Path | None, typer.Option(help="Begin a new run with the weights of this checkpoint or run, and nothing else.")
+        Path | None,
+        typer.Option(
+            help="Begin a new run with the weights, and nothing else, of this run, checkpoint, or folder of Hugging"
+            " Face or Megatron."
+        ),
     ] = None,
     stop_step: Annotated[int | None, typer.Option(min=1, help="Save and end after this step.")] = None,
     profile: Annotated[

@@ -24,7 +24,8 @@ _STDOUT = Path("-")
 
 def generate_texts(
     model: Annotated[
-        Path, typer.Argument(help="Run folder, one of its checkpoints, or a folder of Hugging Face.", metavar="MODEL")
+        Path,
+        typer.Argument(help="A run folder, a checkpoint, or a folder of Hugging Face or Megatron.", metavar="MODEL"),
     ],
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="Text to continue; may be given several times.")
@@ -116,6 +117,8 @@ class _Printer:
         self._streams, self._json = jsonl is None, jsonl == _STDOUT
 
     def run(self, generator: Generator, prompts: Sequence[str], sampling: Sampling) -> None:
+        if self._first:
+            sys.stderr.write("".join(f"megapoly: {note}\n" for note in generator.notes))
         begin = time.perf_counter()
         if len(prompts) == sampling.samples == 1 and self._streams:
             self._stream(generator, prompts[0], sampling)

@@ -77,6 +77,7 @@ class Generator:
 
     Attributes:
         positions: the most tokens of a prompt and its text together.
+        notes: sentences for the user about what was assumed when it was opened.
     """
 
     def __init__(self, replica: Replica, vocabulary: Vocabulary, batch: int = BATCH) -> None:
@@ -84,6 +85,7 @@ class Generator:
             raise ConfigError(f"batch {batch} is out of range: it is at least 1 text at a time")
         self.replica, self.vocabulary, self.batch = replica, vocabulary, batch
         self.context, self.positions = replica.context, replica.model.positions
+        self.notes: list[str] = []
 
     @classmethod
     def open(
@@ -110,7 +112,9 @@ class Generator:
         vocabulary = Vocabulary(weights, None if tokenizer is None else Path(tokenizer))
         context = context or ParallelContext.create(device=device)
         replica = Replica(weights, context, dtype or stored_dtype(weights))
-        return cls(replica, vocabulary, batch)
+        generator = cls(replica, vocabulary, batch)
+        generator.notes = [*weights.notes, *vocabulary.notes]
+        return generator
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, first: int = 0) -> list[Completion]:
         """``sampling.samples`` texts for each prompt, in the order of the prompts.

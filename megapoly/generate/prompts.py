@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -68,8 +69,9 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self._path, self._made, self._begun = path, not path.exists(), False
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # this object is the context manager
+            with suppress(FileExistsError):  # a file where the folder should be, which open tells better
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise self._refusal(error) from error
 

@@ -39,7 +39,7 @@ class Sampling:
         seed: of the draws.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value out of its range, or several samples under temperature 0.
     """
 
     tokens: int = 64
@@ -63,6 +63,11 @@ class Sampling:
         ):
             if not fits:
                 raise ConfigError(f"sampling: {name} {getattr(self, name)!r} is out of range: it is {expected}")
+        if self.temperature == 0 and self.samples > 1:
+            raise ConfigError(
+                f"sampling: samples {self.samples} of a prompt would be the same text, as temperature 0 takes the"
+                " likeliest tokens; set samples to 1, or temperature above 0"
+            )
 
 
 def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

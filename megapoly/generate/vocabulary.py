@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,10 @@ class Vocabulary:
         size: number of ids.
         ends: ids that end a text.
         beginning: ids of an empty text: what begins one, or else what ended the one before.
+        notes: sentences for the user about what could not be proven.
+
+    Raises:
+        DataError: there is no tokenizer, or the given one is known to be another, or has more ids than the model.
     """
 
     def __init__(self, weights: Weights, file: Path | None = None) -> None:
@@ -35,6 +40,12 @@ class Vocabulary:
             if self._tokenizer.bos is not None and _begins(weights, self.path):
                 self._before = [self._tokenizer.bos]
         self.size = self._tokenizer.vocabulary
+        if file is not None and self.size > weights.model.vocabulary:
+            raise DataError(
+                f"{file}: has {self.size} ids, and the model of {weights.path} a vocabulary of"
+                f" {weights.model.vocabulary}; give the tokenizer that it was trained with"
+            )
+        self.notes = [] if file is None else _unproven(weights, file)
         self.beginning = self.encode("") or [min(self.ends, default=0)]
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
@@ -58,6 +69,26 @@ def _find(weights: Weights, file: Path | None) -> Path:
         f"{weights.path}: comes with no tokenizer, neither a tokenizer.json nor a SentencePiece model; give one with"
         " --tokenizer"
     )
+
+
+def _unproven(weights: Weights, file: Path) -> list[str]:
+    """That a given ``tokenizer.json`` may be of another model, where it is no file that the weights come with.
+
+    A SentencePiece model is refused by :func:`check_tokenizer` where it is known to be another.
+    """
+    if file.suffix != ".json" or not (weights.tokenizer or weights.tokenizer_sha256):
+        return []
+    if _sha256(file) in map(_sha256, weights.tokenizer):
+        return []
+    own = ", ".join(str(each) for each in weights.tokenizer) or f"SHA-256 {weights.tokenizer_sha256}"
+    return [
+        f"{file}: cannot be proven to be the tokenizer that the weights were trained with ({own}); another one gives"
+        " wrong texts"
+    ]
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _ends(weights: Weights, eos: int | None) -> frozenset[int]:

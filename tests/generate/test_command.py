@@ -68,6 +68,36 @@ def test_many_prompts_in_rounds_are_numbered_through(
     assert rows[0]["tokens"] != rows[3]["tokens"]
 
 
+def test_a_stop_string_of_several_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Streamed and not, the text before it is shown and nothing of it."""
+    generator = Generator.open(folder)
+    (whole,) = generator.generate(["hello"], Sampling(tokens=20, seed=3))
+    stop = whole.text[6:10]
+    assert len(generator.vocabulary.encode(stop)) > 2
+    options = ("--prompt", "hello", "--tokens", "20", "--seed", "3", f"--stop={stop}", "--stop", "never this")
+    run(folder, *options)
+    assert capsys.readouterr().out == f"hello|{whole.text[: whole.text.index(stop)]}\n"
+    run(folder, *options, "--jsonl", "-")
+    row = json.loads(capsys.readouterr().out)
+    assert (row["text"], row["finish_reason"]) == (whole.text[: whole.text.index(stop)], "stop")
+    assert len(row["tokens"]) < 20
+
+
+def test_a_tokenizer_that_cannot_be_proven_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "tokenizer.json"
+    other.write_bytes((folder / "tokenizer.json").read_bytes() + b"\n")
+    run(folder, "--prompt", "a", "--tokens", "1", "--tokenizer", other)
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"megapoly: {other}: cannot be proven to be the tokenizer that the weights were trained with"
+    )
+    assert said.count("\n") == 1
+    run(folder, "--prompt", "a", "--tokens", "1", "--tokenizer", folder / "tokenizer.json")
+    assert capsys.readouterr().err == ""
+
+
 def test_prompts_from_the_input(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

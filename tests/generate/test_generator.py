@@ -293,6 +293,11 @@ def test_bad_input(run: Path, toml: Path, tmp_path: Path, folders: dict[str, tup
         (lambda: Generator.open(run, other.path), DataError, r"other\.model: is not the tokenizer that .*step-0000002"),
         (lambda: Generator.open(tmp_path), CheckpointError, str(tmp_path)),
         (lambda: Generator.open(run, tmp_path / "no.model"), DataError, r"no\.model: cannot be read"),
+        (
+            lambda: Generator.open(folders["gpt2"][0], other.path),
+            DataError,
+            r"other\.model: has 300 ids, and the model",
+        ),
         (lambda: Generator.open(run, batch=0), ConfigError, "batch 0 is out of range"),
         (lambda: Generator.open(run).generate([[5, 999]], Sampling()), ConfigError, "prompt 0: token 999 is outside"),
     ):

@@ -101,6 +101,7 @@ def test_numbers_are_functions_of_seed_prompt_sample_and_token() -> None:
     ("options", "message"),
     [
         ({"tokens": 0}, "tokens 0 is out of range: it is at least 1"),
+        ({"temperature": 0, "samples": 2}, "samples 2 of a prompt would be the same text"),
         ({"temperature": -1.0}, "temperature -1.0 is out of range: it is 0 or more"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_k": -1}, "top_k -1"),

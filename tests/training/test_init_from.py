@@ -16,6 +16,7 @@ from megapoly import config
 from megapoly.checkpoint import examine
 from megapoly.checkpoint.convert import convert
 from megapoly.checkpoint.folders import newest
+from megapoly.checkpoint.state import model_differences
 from megapoly.checkpoint.store import Reader
 from megapoly.checkpoint.weights import Options, open_weights
 from megapoly.cli import main
@@ -102,6 +103,15 @@ def test_a_folder_of_hugging_face(toml: Path, source: Path, tmp_path: Path) -> N
     (tmp_path / "hf" / "tokenizer.model").unlink()
     run = begin(toml, tmp_path / "unknown", tmp_path / "hf")
     assert run.began[0].endswith("hf, which does not tell the tokenizer that it was trained with")
+
+
+def test_a_key_that_is_not_given_is_its_default(toml: Path) -> None:
+    sets = ["model.position='rope'", "model.rope_scaling.kind='linear'", "model.rope_scaling.factor=2.0"]
+    plain = config.load(toml, sets)
+    given = {"rope_base": 10000.0, "key_value_heads": plain.model.heads, "qkv_biases": plain.model.biases}
+    assert not model_differences(plain.model.model_copy(update=given), plain)
+    other = plain.model.model_copy(update={**given, "rope_base": 5e5})
+    assert model_differences(other, plain) == ["  model.rope_base: the checkpoint has 500000.0, the config has 10000.0"]
 
 
 def test_other_precisions(toml: Path, source: Path, tmp_path: Path) -> None:
