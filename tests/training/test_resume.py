@@ -76,9 +76,9 @@ PAIRS = list(itertools.permutations(LAYOUTS, 2))
 
 
 def test_a_run_goes_on_under_another_layout(toml: Path, tmp_path: Path) -> None:
-    """A cycle through all six layouts of four ranks: each stops once, and goes on once."""
+    """Three pairs that have all six layouts of four ranks."""
     order = random.Random(0).sample(LAYOUTS, len(LAYOUTS))
-    check(toml, tmp_path, list(zip(order, order[1:] + order[:1])))
+    check(toml, tmp_path, list(zip(order[:3], order[3:])))
 
 
 @pytest.mark.long
