@@ -47,8 +47,8 @@ def variants() -> list[Variant]:
         schedules = {1: ["1f1b"], 8: ["1f1b", "zero-bubble"]}.get(pp, SCHEDULES)  # 16 stages are more than the layers
         for schedule, sharded in itertools.product(schedules, [True, False] if dp > 1 else [True]):
             keys = {"dp": dp, "pp": pp, "tp": tp, "schedule": schedule, "shard_optimizer": sharded}
-            few = cases.BATCH // (dp * pp)  # as few messages as fill the pipeline
-            result.append(tuple({**keys, "micro_batch": few, "bucket_mb": 0.05}.items()))
+            keys |= {"sequence_parallel": tp == 2, "micro_batch": cases.BATCH // (dp * pp)}  # few messages
+            result.append(tuple({**keys, "bucket_mb": 0.05}.items()))
     return result
 
 
