@@ -102,8 +102,8 @@ def _fresh_store() -> dist.Store:
     return dist.PrefixStore(prefix, store)
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of a rank, from ``layout.device``.
+def choose_device(wanted: str, local_rank: int, key: str = "layout.device") -> torch.device:
+    """The device of a rank, as ``key`` has it: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         ConfigError: more ranks than GPUs on this machine, or no GPU where one was asked for.
@@ -114,14 +114,14 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if count == 0:
         raise everywhere(
             ConfigError(
-                f"layout.device {wanted!r}: torch finds no GPU on this machine; set it to 'cpu' or 'auto', or install"
+                f"{key} {wanted!r}: torch finds no GPU on this machine; set it to 'cpu' or 'auto', or install"
                 " a build of torch for its GPUs"
             )
         )
     if local_rank >= count:
         raise ConfigError(
-            f"layout.device {wanted!r}: local rank {local_rank} was started on a machine with {count} GPUs; start"
-            f" at most {count} ranks here (--nproc-per-node), or set layout.device to 'cpu'"
+            f"{key} {wanted!r}: local rank {local_rank} was started on a machine with {count} GPUs; start at most"
+            f" {count} ranks here (--nproc-per-node), or set {key} to 'cpu'"
         )
     return torch.device("cuda", local_rank)
 
@@ -243,7 +243,7 @@ def _meshed(tp: int, pp: int, wanted: str) -> Iterator[ParallelContext]:
                 " generate ...), or change --tp or --pp"
             )
         )
-    device = choose_device(wanted, local_rank)
+    device = choose_device(wanted, local_rank, "--device")
     store = _fresh_store() if size > 1 else dist.HashStore()
     with parallel(Mesh(dp=size // (tp * pp), pp=pp, tp=tp), rank, device, store, UNEVEN) as context:
         yield context
@@ -293,9 +293,9 @@ def run_training(
         try:
             profiled = parse_steps(profile) if profile else range(0)
             config = configuration.load(path, overrides).on(size)
-            device = choose_device(config.layout.device, local_rank)
         except ConfigError as error:
             raise everywhere(error) from None
+        device = choose_device(config.layout.device, local_rank)  # a machine with few GPUs is one rank's error
         timeout = datetime.timedelta(seconds=config.layout.timeout_seconds)
         store = _fresh_store() if size > 1 else dist.HashStore()
         watchdog = _watchdog(config, rank, store)

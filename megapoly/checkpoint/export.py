@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ def export_native(weights: Weights, unfinished: Unfinished, options: Options, pr
     for path in weights.tokenizer:
         name = plain_name(weights, path)
         digests[name] = sha256(path)
-        unfinished.finish_file(f"{TOKENIZER}/{name}", _copy(path))
+        unfinished.finish_file(f"{TOKENIZER}/{name}", partial(shutil.copyfile, path))
     meta = {
         "model": weights.model.model_dump(mode="json"),
         "tokenizer": weights.tokenizer_sha256,
@@ -170,10 +170,3 @@ def _write(
 def _write_json(unfinished: Unfinished, name: str, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     unfinished.finish_file(name, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _copy(path: Path) -> Callable[[Path], None]:
-    def copy(target: Path) -> None:
-        shutil.copyfile(path, target)
-
-    return copy

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -25,6 +25,7 @@ BLOCK = 1 << 20
 _EARLY = 16 << 20  # bytes
 _AHEAD = 16  # blocks
 _PORTION = 4  # blocks
+REMEDY = "move its folder away to use the one before it, or convert again what was converted"
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -48,6 +49,16 @@ def write_tensors(
             for part in tensor.detach().reshape(-1).split(64 * BLOCK):  # a device's tensor comes over in parts
                 file.write(_buffer(part.cpu().contiguous().view(torch.uint8)))
     return {"bytes": file.bytes, "crc32": file.crc32}
+
+
+def begin_writing(file: IO[bytes], begun: int, end: int) -> int:
+    """Have the disk begin with bytes [begun, end) of a file, if they are many; returns where those left begin."""
+    if end - begun < _EARLY or not hasattr(os, "posix_fadvise"):  # macOS has none
+        return begun
+    file.flush()
+    # Linux begins to write such bytes, and does not wait; only those that are on the disk leave its cache.
+    os.posix_fadvise(file.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)
+    return end
 
 
 class BlockFile:
@@ -82,11 +93,7 @@ class BlockFile:
                 self.crc32[-1] = _index.crc32(part, self.crc32[-1])
             self._file.write(part)
             self.bytes += len(part)
-            if self.bytes - self._begun >= _EARLY and hasattr(os, "posix_fadvise"):  # not on macOS
-                self._file.flush()
-                # Linux begins to write such bytes, and does not wait; only those that are on the disk leave its cache.
-                os.posix_fadvise(self._file.fileno(), self._begun, self.bytes - self._begun, os.POSIX_FADV_DONTNEED)
-                self._begun = self.bytes
+            self._begun = begin_writing(self._file, self._begun, self.bytes)
 
 
 class TensorFile:
@@ -105,14 +112,9 @@ class TensorFile:
         try:
             found = self.path.stat().st_size
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: is missing ({error.strerror}); move its folder away to use the one before"
-            ) from error
+            raise CheckpointError(f"{self.path}: is missing ({error.strerror}); {REMEDY}") from error
         if found != self.size:
-            raise CheckpointError(
-                f"{self.path}: has {found} bytes, {self.size} were written; it is damaged,"
-                " move its folder away to use the one before"
-            )
+            raise CheckpointError(f"{self.path}: has {found} bytes, {self.size} were written; it is damaged, {REMEDY}")
 
     def copy(
         self, name: str, key: str, dtype: torch.dtype, place: tuple[int, Box], common: Box, out: torch.Tensor
@@ -224,7 +226,7 @@ class TensorFile:
                 raise CheckpointError(
                     f"{self.path}: bytes {block * BLOCK} to {min(self.size, (block + 1) * BLOCK)}, needed for tensor"
                     f" {name!r}, are damaged (CRC-32 {found:08x}, {self._crc32[block]:08x} was written);"
-                    " move its folder away to use the one before"
+                    f" {REMEDY}"
                 )
             self._checked[block] = 1
 

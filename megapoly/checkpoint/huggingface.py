@@ -19,7 +19,7 @@ from megapoly.checkpoint.accounting import check_tensors
 from megapoly.checkpoint.families import BUFFERS, HEAD, PREFIXES, Slot, slots
 from megapoly.checkpoint.huggingface_config import to_model
 from megapoly.checkpoint.pieces import check_inside
-from megapoly.checkpoint.tensor_files import TensorFiles
+from megapoly.checkpoint.tensor_files import TensorFiles, check_dtype
 from megapoly.errors import CheckpointError
 from megapoly.spec import Index, Piece
 
@@ -29,7 +29,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HuggingFace:
@@ -117,12 +116,7 @@ def _account(path: Path, files: TensorFiles, found: list[Slot], prefix: str) -> 
     advice = f"Take the {CONFIG} and the weights of one model"
     check_tensors(path, present, expected, f"its weights are not those of its {CONFIG}", advice)
     for name in expected:
-        dtype = files.tensors[full[name]][1]
-        if dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{path}: tensor {name} is {dtype}, expected floats: quantised weights cannot be converted; take the"
-                " model's full ones"
-            )
+        check_dtype(path, name, files.tensors[full[name]][1])
     return {name: full[name] for name in expected}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megapoly.checkpoint.huggingface import SENTENCEPIECE
@@ -43,8 +44,8 @@ def tokenizer_files(weights: Weights) -> tuple[dict[str, Write], list[str]]:
     """What writes each file, by name, and sentences about what is not as it should be."""
     model = own_model(weights)
     if model is None:
-        return {plain_name(weights, path): _copy(path) for path in weights.tokenizer}, []
-    files = {SENTENCEPIECE: _copy(model)}
+        return {plain_name(weights, path): partial(shutil.copyfile, path) for path in weights.tokenizer}, []
+    files: dict[str, Write] = {SENTENCEPIECE: partial(shutil.copyfile, model)}
     tokenizer = Tokenizer.load(model)
     content = make_tokenizer_json(tokenizer)
     if content is None:
@@ -65,13 +66,6 @@ def tokenizer_files(weights: Weights) -> tuple[dict[str, Write], list[str]]:
     files["tokenizer.json"] = _bytes(content)
     files["tokenizer_config.json"] = _bytes((json.dumps(config, indent=2) + "\n").encode())
     return files, []
-
-
-def _copy(path: Path) -> Write:
-    def copy(target: Path) -> None:
-        shutil.copyfile(path, target)
-
-    return copy
 
 
 def _bytes(content: bytes) -> Write:

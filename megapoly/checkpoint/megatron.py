@@ -21,8 +21,9 @@ from megapoly.checkpoint.families import Slot
 from megapoly.checkpoint.huggingface import read_json
 from megapoly.checkpoint.megatron_args import Arguments, to_model
 from megapoly.checkpoint.megatron_layout import NAMINGS, Part, canonical, is_copy, layer_count, naming_of, slots
-from megapoly.checkpoint.pickles import Record, StoredTensor
+from megapoly.checkpoint.pickled import Record, StoredTensor
 from megapoly.checkpoint.pieces import check_inside
+from megapoly.checkpoint.tensor_files import check_dtype
 from megapoly.checkpoint.torch_files import TorchFile
 from megapoly.config import Model
 from megapoly.errors import CheckpointError
@@ -34,7 +35,6 @@ TOKENIZER, ORIGIN = "tokenizer", "megapoly.json"  # what megapoly adds, which Me
 _FILES = (FILE, "model_rng.pt")  # the second beside a distributed optimizer, before mid-2023
 _RANK = re.compile(r"mp_rank_(\d{2,})(_\d{3,})?(_\d{3,})?")
 _ORDERS: dict[float, str] = {0: "kinds", 1: "channels", 2: "groups", 3: "groups"}
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_RANKS = 1 << 16
 _DEEPEST = 8  # of the folders of names in a file
 _AGAIN = "copy the whole checkpoint again"
@@ -348,8 +348,7 @@ def _account(
         "Take a checkpoint of a GPT model of Megatron",
     )
     for name, tensor in found.items():
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}, expected floats; take full weights")
+        check_dtype(path, name, tensor.dtype)
     return [_Source(shard, slot) for shard, slot in expected.values()]
 
 

@@ -94,15 +94,11 @@ def _nested(tensors: dict[str, NewTensor]) -> dict[str, Any]:
 
 def _write_others(weights: Weights, unfinished: Unfinished) -> None:
     for path in weights.tokenizer:
-        unfinished.finish_file(f"{TOKENIZER}/{path.name}", partial(_copy, path))
+        unfinished.finish_file(f"{TOKENIZER}/{path.name}", partial(shutil.copyfile, path))
     kept = {"tokenizer": weights.tokenizer_sha256, "origin": dict(weights.origin)}
     text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
     unfinished.finish_file(ORIGIN, lambda path: _write(path, text))
     unfinished.finish_file(TRACKER, lambda path: _write(path, f"{RELEASE}\n"))
-
-
-def _copy(path: Path, target: Path) -> None:
-    shutil.copyfile(path, target)
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def load(reader: store.Reader, config: Config, optimizer: AdamW) -> Counters:
         if kind != WEIGHTS:
             reader.read(f"{kind}/{part.spec.name}", part.piece, flat)
     for parameter in optimizer.buffers.parameters:
-        _read_weights(reader, parameter)
+        fill(parameter, lambda name, piece, out: reader.read(f"{WEIGHTS}/{name}", piece, out))
     optimizer.steps = reader.meta["optimizer_steps"]
     return Counters(**reader.meta["counters"])
 
@@ -139,17 +139,12 @@ def _resolved(model: Model) -> dict[str, Any]:
     return document
 
 
-def load_weights(reader: store.Reader, stage: DecoderStage) -> None:
-    """Fill just the weights of ``stage``. Any layout, any precision."""
-    for parameter in stage.parameters():
-        _read_weights(reader, parameter)
-
-
-def _read_weights(reader: store.Reader, parameter: Tensor) -> None:
+def fill(parameter: Tensor, read: Callable[[str, Piece, Tensor], None]) -> None:
+    """Have ``read`` fill a parameter with its box of the logical tensor; padding becomes zero."""
     spec = spec_of(parameter)
     with torch.no_grad():
         parameter.zero_()
-        reader.read(f"{WEIGHTS}/{spec.name}", Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
+        read(spec.name, Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
 
 
 def check_identity(reader: store.Reader, config: Config) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megapoly.checkpoint.accounting import check_tensors, some
-from megapoly.checkpoint.files import CODES, DTYPES, BlockFile, TensorFile, write_tensors
+from megapoly.checkpoint.files import CODES, DTYPES, REMEDY, BlockFile, TensorFile, write_tensors
 from megapoly.checkpoint.folders import MANIFEST, Keep, folder, prune
 from megapoly.checkpoint.pieces import check_inside, check_tiling, overlaps, say
 from megapoly.data.files import make_folder, sync_folder
@@ -300,7 +300,7 @@ class Reader:
         if found != piece.size:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r}: {piece.size - found} of the {piece.size} elements of {say(piece)}"
-                " are stored nowhere; it is damaged, move its folder away to use the one before"
+                f" are stored nowhere; it is damaged, {REMEDY}"
             )
 
     def expect(self, shapes: Mapping[str, Sequence[int]], among: str = "") -> None:
@@ -344,7 +344,7 @@ class Reader:
         """
         damaged = [str(each) for each in self.damage()]
         if damaged:
-            raise CheckpointError(f"{self.path}: damaged: {some(damaged)}; move its folder away to use the one before")
+            raise CheckpointError(f"{self.path}: damaged: {some(damaged)}; {REMEDY}")
 
     def _names_in(self, file: TensorFile) -> Callable[[int, int], list[str]]:
         """What tells the tensors with bytes in a range of a file, and the header where it has some.
@@ -372,7 +372,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); give the folder of a whole checkpoint, step-N"
         ) from error
-    damaged = f"{path}: damaged; move its folder away to use the one before"
+    damaged = f"{path}: damaged; {REMEDY}"
     try:
         document = json.loads(raw)
     except ValueError as error:

@@ -13,14 +13,28 @@ from torch import Tensor
 
 from megapoly.checkpoint.accounting import some
 from megapoly.checkpoint.files import CODES
-from megapoly.checkpoint.pickles import Record, StoredTensor
+from megapoly.checkpoint.pickled import Record, StoredTensor
 from megapoly.checkpoint.torch_files import TorchFile
 from megapoly.errors import CheckpointError
 from megapoly.spec import Index
 
 SAFETENSORS, PYTORCH = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def check_dtype(path: Path, name: str, dtype: torch.dtype) -> None:
+    """Refuse what is no float that a model is trained in.
+
+    Raises:
+        CheckpointError: the dtype is another.
+    """
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{path}: tensor {name} is {dtype}, expected floats: quantised weights cannot be converted; take the"
+            " model's full ones"
+        )
 
 
 class TensorFiles:

@@ -17,7 +17,6 @@ import mmap
 import struct
 import warnings
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor
 
 from megapoly.checkpoint import pickles
-from megapoly.checkpoint.pickles import Storage, StoredTensor
+from megapoly.checkpoint.pickled import Storage, StoredTensor
+from megapoly.data import _index
 from megapoly.errors import CheckpointError
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -48,7 +48,7 @@ class TorchFile:
     """An opened file. Its pickle was read; a storage is read when values of a tensor are.
 
     Attributes:
-        value: what was saved, see :mod:`megapoly.checkpoint.pickles`.
+        value: what was saved, see :mod:`megapoly.checkpoint.pickled`.
 
     Raises:
         CheckpointError: it cannot be read, or is no whole file of torch.
@@ -104,7 +104,7 @@ class TorchFile:
             place = _member(file, members[name], size)
             file.seek(place.start)
             raw = file.read(place.size)
-            if place.crc32 is not None and zlib.crc32(raw) != place.crc32:
+            if place.crc32 is not None and _index.crc32(raw) != place.crc32:
                 raise ValueError(f"{name} is not as it was written")
             return raw
 
@@ -146,7 +146,7 @@ class TorchFile:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(place.start)
             while left and (part := file.read(min(left, _PART))):
-                found, left = zlib.crc32(part, found), left - len(part)
+                found, left = _index.crc32(part, found), left - len(part)
         if found != place.crc32:
             raise self._damaged(
                 f"bytes {place.start} to {place.start + place.size}, storage {key}, have the CRC-32 {found:08x}, and"

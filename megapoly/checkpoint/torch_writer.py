@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import struct
 import zipfile
@@ -21,6 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from megapoly.checkpoint.files import begin_writing
 from megapoly.spec import Index
 
 _PROTOCOL = 2  # torch's own
@@ -29,7 +29,6 @@ _ALIGNMENT = 64
 _LOCAL, _ZIP64 = 30, 20  # bytes of a member's own header, but its name, and of what a large one has more
 _LARGE = 1 << 30
 _PART = 1 << 20
-_EARLY = 16 << 20  # bytes
 _CLASSES = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage,
@@ -115,14 +114,6 @@ class _Writer:
                 for at in range(0, len(part), _PART):
                     file.write(part[at : at + _PART])
                 written += len(part)
-                self._begin()
+                self._begun = begin_writing(self._file, self._begun, self._file.tell())
         if written != size:
             raise ValueError(f"{name}: {written} bytes for {size}")
-
-    def _begin(self) -> None:
-        """As :class:`megapoly.checkpoint.files.BlockFile` does."""
-        end = self._file.tell()
-        if end - self._begun >= _EARLY and hasattr(os, "posix_fadvise"):  # not on macOS
-            self._file.flush()
-            os.posix_fadvise(self._file.fileno(), self._begun, end - self._begun, os.POSIX_FADV_DONTNEED)
-            self._begun = end

@@ -7,13 +7,13 @@ needs weights, a new run, ``generate`` or ``convert``, reads the pieces that it 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megapoly.checkpoint import folders, huggingface, megatron, state
 from megapoly.checkpoint.accounting import check_tensors
@@ -63,7 +63,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How a format is to be written; a format ignores what it has not.
+    """How a format is to be written; the command refuses what a format has nothing for.
 
     Attributes:
         dtype: of all tensors; None keeps each one's.
@@ -194,15 +194,6 @@ def format_of(path: Path) -> type[HuggingFace] | type[Megatron] | type[Native]:
     )
 
 
-def fill(weights: Weights, parameters: Iterable[nn.Parameter]) -> None:
-    """Fill parameters with their boxes of the logical tensors, in their own dtype; padding becomes zero."""
-    for parameter in parameters:
-        spec = spec_of(parameter)
-        with torch.no_grad():
-            parameter.zero_()
-            weights.read(spec.name, Piece.of(spec.box), parameter.detach().view(-1)[: spec.box.size])
-
-
 def load_initial(weights: Weights, config: Config, optimizer: AdamW) -> None:
     """Fill the weights alone, for a new run: of any layout, any precision, any format.
 
@@ -214,7 +205,7 @@ def load_initial(weights: Weights, config: Config, optimizer: AdamW) -> None:
     check_tensors(weights.path, found, state.logical_shapes(config.model), "a checkpoint of another model", advice)
     optimizer.buffers.settle()
     for parameter in optimizer.buffers.parameters:
-        fill(weights, [parameter])
+        state.fill(parameter, weights.read)
         if not parameter.isfinite().all():
             raise CheckpointError(
                 f"{weights.path}: tensor {spec_of(parameter).name} has elements that are not finite in"

@@ -137,8 +137,9 @@ class _Printer:
             )
 
     def _stream(self, generator: Generator, prompt: str, sampling: Sampling) -> None:
+        parts = generator.stream(prompt, sampling)  # which may refuse the prompt
         self._write(f"{prompt}|")
-        for part in generator.stream(prompt, sampling):
+        for part in parts:
             self._write(part)
         self._write("\n")
 

@@ -97,7 +97,7 @@ class Generator:
         context: ParallelContext | None = None,
         batch: int = BATCH,
     ) -> Generator:
-        """Load a run folder (its newest whole checkpoint), a checkpoint, or a folder of Hugging Face.
+        """Load a run folder (its newest whole checkpoint), a checkpoint, or a folder of Hugging Face or Megatron.
 
         Args:
             tokenizer: SentencePiece model or ``tokenizer.json``; what the weights come with where not given.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megapoly.checkpoint.huggingface import sha256
 from megapoly.checkpoint.weights import Weights, check_tokenizer
 from megapoly.data.huggingface import SETTINGS, HuggingFaceTokenizer, read_settings
 from megapoly.data.tokenizer import Tokenizer
@@ -78,17 +78,13 @@ def _unproven(weights: Weights, file: Path) -> list[str]:
     """
     if file.suffix != ".json" or not (weights.tokenizer or weights.tokenizer_sha256):
         return []
-    if _sha256(file) in map(_sha256, weights.tokenizer):
+    if sha256(file) in map(sha256, weights.tokenizer):
         return []
     own = ", ".join(str(each) for each in weights.tokenizer) or f"SHA-256 {weights.tokenizer_sha256}"
     return [
         f"{file}: cannot be proven to be the tokenizer that the weights were trained with ({own}); another one gives"
         " wrong texts"
     ]
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _ends(weights: Weights, eos: int | None) -> frozenset[int]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megapoly.checkpoint import pickles
-from megapoly.checkpoint.pickles import Global, Record, StoredTensor
+from megapoly.checkpoint.pickled import Global, Record, StoredTensor
 from megapoly.checkpoint.torch_files import TorchFile
 from megapoly.errors import CheckpointError
 

@@ -168,7 +168,8 @@ def test_errors_are_one_message(folder: Path, tmp_path: Path, capsys: pytest.Cap
         ((folder, "--prompts", tmp_path / "none.txt"), f"megapoly: {tmp_path}/none.txt: cannot be read (No such file"),
     ):
         run(*arguments, code=1)
-        said = capsys.readouterr().err
+        out, said = capsys.readouterr()
+        assert out == ""
         assert said.startswith(message), said
         assert said.count("\n") == 1
 

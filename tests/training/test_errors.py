@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,19 @@ def test_the_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto", 3) == torch.device("cpu")
     with pytest.raises(ConfigError, match="finds no GPU on this machine"):
         choose_device("cuda", 0)
+
+
+def test_a_rank_without_a_gpu_of_its_own_says_so(toml: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from megapoly.launch import run_training;"
+        "torch.cuda.device_count = lambda: 1;"
+        "sys.exit(run_training(Path(sys.argv[1]), sys.argv[2:], 'never', None))"
+    )
+    sets = ["layout.device='auto'", "layout.tp=2", f"train.directory={str(tmp_path / 'run')!r}"]
+    ranks = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", code, toml, *sets], env=ranks, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "rank 1: layout.device 'auto': local rank 1 was started on a machine with 1 GPUs" in done.stderr
 
 
 def test_a_run_folder_is_not_overwritten(toml: Path, tmp_path: Path) -> None:
