@@ -1,0 +1,27 @@
+"""Every kernel is compiled for sm_80 and sm_90 at its launch tables' settings, and is what it should be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from megapoly_kernels import aot
+from megapoly_kernels.launch import ARCHITECTURES
+
+from tests.kernels.rule import needs_triton
+
+
+@needs_triton
+@pytest.mark.parametrize("module", aot.modules())
+def test_compiles_without_spills(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own, which does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "megapoly_kernels.aot", module]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = sum(len(aot.load_variants(module, arch)) for arch in ARCHITECTURES)
+    assert expected > 0
+    assert len(done.stdout.splitlines()) == expected + 1
