@@ -59,6 +59,9 @@ READS_ENVIRONMENT = ("megapoly/launch.py",)
 # Optional extras that one file may import inside a function: (file, package).
 OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
     {
+        ("kernels/megapoly_kernels/aot.py", "triton"),
+        ("kernels/megapoly_kernels/aot.py", "triton.backends.compiler"),
+        ("kernels/megapoly_kernels/aot.py", "triton.compiler"),
         ("megapoly/checkpoint/verification.py", "transformers"),
         ("megapoly/charts/figure.py", "matplotlib"),
         ("megapoly/data/compression.py", "zstandard"),

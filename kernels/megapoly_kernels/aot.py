@@ -7,21 +7,22 @@ used. Compiling enforces no limit of shared memory; :func:`problems` does.
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import megapoly_kernels
+from megapoly_kernels import activation
 from megapoly_kernels.launch import ARCHITECTURES, Variant
 
+MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
+    "activation": activation.variants,
+}
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have
 
 
@@ -44,17 +45,6 @@ class Compiled:
     wgmma: int
     wide: int
     problems: tuple[str, ...] = ()
-
-
-def modules() -> list[str]:
-    """Names of the modules that have kernels to compile, ``variants(arch)``."""
-    names = (f"{megapoly_kernels.__name__}.{module.name}" for module in pkgutil.iter_modules(megapoly_kernels.__path__))
-    return [name for name in names if hasattr(importlib.import_module(name), "variants")]
-
-
-def load_variants(module: str, arch: int) -> list[Variant]:
-    """Of one module, as its launch tables have them."""
-    return list(importlib.import_module(module).variants(arch))
 
 
 def compile_variant(variant: Variant, arch: int) -> Compiled:
@@ -119,20 +109,20 @@ def _resources(ptx: str) -> tuple[int, int]:
 
 def _compile(task: tuple[str, int, int]) -> Compiled:
     module, number, arch = task
-    return compile_variant(load_variants(module, arch)[number], arch)
+    return compile_variant(list(MODULES[module](arch))[number], arch)
 
 
 def compile_all(archs: Sequence[int] = ARCHITECTURES, chosen: str = "", processes: int = 2) -> Iterator[Compiled]:
-    """Every variant of every module whose name contains ``chosen``."""
-    found = [module for module in modules() if chosen in module]
-    tasks = [(name, i, arch) for name in found for arch in archs for i in range(len(load_variants(name, arch)))]
+    """Every variant of one module, or of all."""
+    found = [name for name in MODULES if chosen in ("", name)]
+    tasks = [(name, i, arch) for name in found for arch in archs for i, _ in enumerate(MODULES[name](arch))]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         yield from pool.map(_compile, tasks)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("chosen", nargs="?", default="", help="part of a module's name; all where not given")
+    parser.add_argument("chosen", nargs="?", default="", choices=["", *MODULES], help="one module; all where not given")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
