@@ -12,6 +12,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ BLOCK = 1 << 20
 _EARLY = 16 << 20  # bytes
 _AHEAD = 16  # blocks
 _PORTION = 4  # blocks
+_READ_AHEAD = ThreadPoolExecutor(1, "read-ahead")
 REMEDY = "move its folder away to use the one before it, or convert again what was converted"
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -104,7 +106,7 @@ class TensorFile:
         self._crc32 = crc32
         self._checked = bytearray(len(crc32))
         self._bytes: torch.Tensor | None = None
-        self._mapped: mmap.mmap | None = None
+        self._file: IO[bytes] | None = None
         self._header: dict[str, Any] = {}
         self._data = 0
 
@@ -154,7 +156,7 @@ class TensorFile:
 
     def release(self) -> None:
         """Give back the map, and with it the memory that its pages take."""
-        self._bytes = self._mapped = None
+        self._bytes = self._file = None
 
     def layout(self, tensors: Mapping[str, tuple[Index, torch.dtype]]) -> tuple[int, dict[str, tuple[int, int]]] | None:
         """Where the header ends, and the bytes of each tensor in the file, by the header as it stands, unchecked.
@@ -193,10 +195,11 @@ class TensorFile:
     def _map(self) -> torch.Tensor:
         if self._bytes is None:
             try:
-                with open(self.path, "rb") as file, warnings.catch_warnings():
+                self._file = open(self.path, "rb")  # noqa: SIM115 - for reading ahead; closed with the map
+                with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns that the map is read-only, as it should be
-                    self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                    self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
+                    mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+                    self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
             except OSError as error:
                 raise self._unreadable(error) from error
         return self._bytes
@@ -208,11 +211,14 @@ class TensorFile:
         return _index.crc32(_buffer(self._map()[block * BLOCK : (block + 1) * BLOCK]))
 
     def _read_ahead(self, start: int, stop: int) -> None:
-        """Have the disk bring the next blocks of a range while the first are checksummed."""
+        """Have the disk bring the next blocks of a range while the first are checksummed.
+
+        By a thread: the call waits where the disk's queue is full.
+        """
         self._map()
         size = min(2 * _AHEAD * BLOCK, stop - start)
-        if self._mapped is not None and size > BLOCK and start % mmap.PAGESIZE == 0 and hasattr(mmap, "MADV_WILLNEED"):
-            self._mapped.madvise(mmap.MADV_WILLNEED, start, size)
+        if self._file is not None and size > BLOCK and hasattr(os, "posix_fadvise"):  # not on macOS
+            _READ_AHEAD.submit(os.posix_fadvise, self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def _check(self, start: int, stop: int, name: str, until: int = 0) -> None:
         """Check the blocks of bytes [start, stop); those up to ``until`` will be asked for next."""
