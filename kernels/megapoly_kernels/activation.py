@@ -50,14 +50,14 @@ _GROUPS = 128  # of rows, each of which sums its part of a bias's gradient
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """``gelu(x + bias)`` in PyTorch."""
-    wide = _wide(x)
-    return torch.nn.functional.gelu(wide if bias is None else wide + _wide(bias), approximate="tanh").to(x.dtype)
+    u = x if bias is None else _wide(x) + _wide(bias)  # torch's own gelu is wide inside
+    return torch.nn.functional.gelu(u, approximate="tanh").to(x.dtype)
 
 
 def swiglu_reference(x: Tensor) -> Tensor:
     """``silu(gate) * up`` of the halves of the last dimension, in PyTorch."""
     gate, up = _wide(x).chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+    return torch.nn.functional.silu(gate).mul(up).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -142,10 +142,11 @@ def gelu_forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Gradients of ``x`` and of the bias, the second in promote(dtype, fp32)."""
     if not runs_triton(x):
-        wide = _wide(x)
-        u = wide if bias is None else wide + _wide(bias)
+        if bias is None:
+            return torch.ops.aten.gelu_backward(dy, x, approximate="tanh"), None
+        u = _wide(x) + _wide(bias)
         d_wide = torch.ops.aten.gelu_backward(dy.to(u.dtype), u, approximate="tanh")
-        return d_wide.to(x.dtype), None if bias is None else d_wide.flatten(0, -2).sum(0)
+        return d_wide.to(x.dtype), d_wide.flatten(0, -2).sum(0)
     x, dy, columns = x.contiguous(), dy.contiguous(), x.shape[-1]
     rows = x.numel() // max(columns, 1)
     chosen = settings(LAUNCH_SUM, architecture(x.device), x.element_size(), columns)
@@ -181,9 +182,12 @@ def swiglu_forward(x: Tensor) -> Tensor:
 def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """Gradient of ``x``."""
     if not runs_triton(x):
-        gate, up = _wide(x).chunk(2, -1)
-        s, wide = torch.sigmoid(gate), _wide(dy)
-        return torch.cat((wide * up * s * (1 + gate * (1 - s)), wide * gate * s), -1).to(x.dtype)
+        wide, d_wide = _wide(x), _wide(dy)
+        (gate, up), dx = wide.chunk(2, -1), torch.empty_like(wide)
+        d_gate, d_up = dx.chunk(2, -1)
+        torch.mul(torch.nn.functional.silu(gate), d_wide, out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(d_wide * up, gate))
+        return dx.to(x.dtype)
     return _elementwise(_swiglu_backward, x, _half(x), [dy, x], halves=2).view(x.shape)
 
 

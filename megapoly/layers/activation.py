@@ -1,7 +1,6 @@
 """Activations of the feed-forward block, each with its gradient, so that the result need not be kept.
 
-``gelu`` is the tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415). ``swiglu`` is ``silu(gate) * up`` (Shazeer,
-arXiv 2002.05202), where gate and up are the two halves of the last dimension.
+What they are, and how they are computed, is in :mod:`megapoly_kernels.activation`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megapoly_kernels.activation import gelu_backward, gelu_forward, swiglu_backward, swiglu_forward
 from torch import Tensor
-from torch.nn.functional import gelu, silu
 
 from megapoly.layers.call import apply
 
@@ -49,25 +48,7 @@ class _Apply(torch.autograd.Function):
         return ctx.activation.backward(grads[0], x), None
 
 
-def _swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, -1)
-    return silu(gate).mul_(up)
-
-
-def _swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, -1)
-    dx = torch.empty_like(x)
-    d_gate, d_up = dx.chunk(2, -1)
-    torch.mul(silu(gate), dy, out=d_up)
-    d_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-    return dx
-
-
 ACTIVATIONS = {
-    "gelu": Activation(
-        1,
-        lambda x: gelu(x, approximate="tanh"),
-        lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
-    ),
-    "swiglu": Activation(2, _swiglu, _swiglu_backward),
+    "gelu": Activation(1, gelu_forward, lambda dy, x: gelu_backward(dy, x)[0]),
+    "swiglu": Activation(2, swiglu_forward, swiglu_backward),
 }
