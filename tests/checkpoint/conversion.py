@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from megapoly.checkpoint import state, store
-from megapoly.checkpoint.convert import convert, natural_format
+from megapoly.checkpoint.convert import convert
 from megapoly.checkpoint.unfinished import Unfinished
 from megapoly.checkpoint.weights import Options, open_weights
 from megapoly.config import Model
@@ -28,6 +28,11 @@ from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 
 MODEL = Model(layers=6, hidden=64, heads=4, ffn=256, vocabulary=99, positions=64)
+OPTIONS = {
+    "huggingface": Options(shard_bytes=50_000),
+    "megapoly": Options(shard_bytes=50_000),
+    "megatron": Options(tp=2, pp=3),
+}
 NOT_WRITTEN, OTHER = 3, 4  # exit codes
 
 
@@ -41,7 +46,7 @@ def make(folder, model=MODEL):
     return store.save(folder, 1, entries, {"model": model.model_dump(mode="json"), "tokenizer": None})
 
 
-def attempt(source, target, file_size=None):
+def attempt(source, target, to, file_size=None):
     """Start a conversion in a process of its own; its id."""
     child = os.fork()
     if child:
@@ -51,7 +56,7 @@ def attempt(source, target, file_size=None):
         if file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         weights = open_weights(source)
-        convert(weights, target, natural_format(weights), Options(shard_bytes=50_000))
+        convert(weights, target, to, OPTIONS[to])
         code = 0
     except CheckpointError as error:
         code = NOT_WRITTEN if " be written (File too large)" in str(error) else OTHER
@@ -70,17 +75,18 @@ def content(folder):
 def partial(target):
     """Finished files of an attempt that has not come to its end."""
     hidden = target.with_name(f".{target.name}.partial")
-    return [path.name for path in hidden.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    files = (path for path in hidden.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return [path.relative_to(hidden).as_posix() for path in files]
 
 
-def kills(source, target, count, draw):
+def kills(source, target, to, count, draw):
     """Attempts that are killed at a random moment, until ``count`` were; each goes on after the one before."""
     begun = time.monotonic()
-    assert end(attempt(source, target)) == 0
+    assert end(attempt(source, target, to)) == 0
     usual, whole = time.monotonic() - begun, content(target)
     shutil.rmtree(target)
     while count:
-        pid = attempt(source, target)
+        pid = attempt(source, target, to)
         time.sleep(draw.uniform(0, usual))
         os.kill(pid, signal.SIGKILL)  # at worst a zombie
         code = end(pid)
@@ -92,25 +98,25 @@ def kills(source, target, count, draw):
             assert content(target) == whole
             assert not partial(target)
             shutil.rmtree(target)
-    assert end(attempt(source, target)) == 0
+    assert end(attempt(source, target, to)) == 0
     assert content(target) == whole
     assert [path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}")] == []
 
 
-def full_disks(source, target, count, draw):
+def full_disks(source, target, to, count, draw):
     """Attempts that may write files of a random size at most, each followed by one without a bound."""
-    assert end(attempt(source, target)) == 0
+    assert end(attempt(source, target, to)) == 0
     whole = content(target)
     shutil.rmtree(target)
     sizes = sorted(map(len, whole.values()))
     for _ in range(count):
-        assert end(attempt(source, target, draw.randrange(1, sizes[-1]))) == NOT_WRITTEN
+        assert end(attempt(source, target, to, draw.randrange(1, sizes[-1]))) == NOT_WRITTEN
         assert not target.exists()
         kept = partial(target)
         hidden = target.with_name(f".{target.name}.partial")
         assert not [path for path in hidden.rglob("*") if path.suffix == ".partial"], "a half file was left"
-        times = {name: (hidden / name).stat().st_mtime_ns for name in kept if name.endswith(".safetensors")}
-        assert end(attempt(source, target)) == 0
+        times = {name: (hidden / name).stat().st_mtime_ns for name in kept if name.endswith((".safetensors", ".pt"))}
+        assert end(attempt(source, target, to)) == 0
         assert content(target) == whole
         assert {name: (target / name).stat().st_mtime_ns for name in times} == times, "a finished file was made again"
         shutil.rmtree(target)
@@ -122,14 +128,14 @@ def main(given):
     root, draw, count = Path(given["folder"]), random.Random(given["seed"]), given["count"]
     own = make(root / "run")
     other = root / "hf"
-    assert end(attempt(own, other)) == 0
+    assert end(attempt(own, other, "huggingface")) == 0
     with Unfinished(root / "unused", {}):  # what a first use loads is loaded
         pass
     found = {}
-    for source, name in ((own, "to-hf"), (other, "to-own")):
-        found[name] = {
-            "kill": list(kills(source, root / f"{name}-kill", count, draw)),
-            "full": list(full_disks(source, root / f"{name}-full", count, draw)),
+    for source, to in ((own, "huggingface"), (other, "megapoly"), (own, "megatron")):
+        found[to] = {
+            "kill": list(kills(source, root / f"{to}-kill", to, count, draw)),
+            "full": list(full_disks(source, root / f"{to}-full", to, count, draw)),
         }
     print(json.dumps(found))
 
