@@ -6,10 +6,10 @@ import hashlib
 import itertools
 
 import torch
-from megapoly_kernels import philox
 from torch import Tensor
 
 from megapoly.spec import ParamSpec
+from megapoly_kernels import philox
 
 _ROWS = 1 << 20
 

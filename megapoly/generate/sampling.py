@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megapoly_kernels import philox
 from torch import Tensor
 
 from megapoly import rng
 from megapoly.errors import ConfigError
 from megapoly.layers.call import accumulation_dtype
+from megapoly_kernels import philox
 
 _FEW = 1024  # likeliest tokens that are sorted first, when top_p asks for as many as it takes
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megapoly_kernels.activation import gelu_backward, gelu_forward, swiglu_backward, swiglu_forward
 from torch import Tensor
 
 from megapoly.layers.call import apply
+from megapoly_kernels.activation import gelu_backward, gelu_forward, swiglu_backward, swiglu_forward
 
 
 @dataclass(frozen=True)

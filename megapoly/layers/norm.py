@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, whose weight gradients go to a sink."""
+"""LayerNorm and RMSNorm, whose weight gradients go to a sink; the mathematics is in :mod:`megapoly_kernels.norm`."""
 
 from __future__ import annotations
 
@@ -8,51 +8,47 @@ import torch
 from torch import Tensor, nn
 
 from megapoly.config import Model
-from megapoly.layers.call import Call, Place, accumulation_dtype, apply, hand_over, parameter, whole_spec
+from megapoly.layers.call import Call, Place, apply, hand_over, parameter, whole_spec
+from megapoly_kernels.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
 
 
 class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, sink: Any) -> Tensor:
-        wide = accumulation_dtype(x.dtype)
-        w, b = weight.to(wide), bias.to(wide)
-        y, mean, scale = torch.native_layer_norm(x.to(wide), w.shape, w, b, epsilon)
-        ctx.sink, ctx.weight, ctx.bias = sink, weight, bias
-        ctx.save_for_backward(x, mean, scale)
-        return y.to(weight.dtype)
+    """With a residual the results are the norm of the sum, and the sum."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, scale = ctx.saved_tensors
-        wide = accumulation_dtype(x.dtype)
-        weight, bias = ctx.weight, ctx.bias
-        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-            grads[0].to(wide), x.to(wide), weight.shape, mean, scale, weight.to(wide), bias.to(wide), [True] * 3
-        )
-        d_weight = hand_over(ctx.sink, weight, lambda out: out.add_(dw))
-        d_bias = hand_over(ctx.sink, bias, lambda out: out.add_(db))
-        return dx.to(x.dtype), d_weight, d_bias, None, None
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, sink: Any
+    ) -> Any:
+        y, h, mean, rstd = layer_norm_forward(x, weight, bias, residual, epsilon)
+        ctx.sink, ctx.weight, ctx.bias, ctx.dtype = sink, weight, bias, x.dtype
+        ctx.save_for_backward(h, mean, rstd)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        h, mean, rstd = ctx.saved_tensors
+        dx, d_residual, dw, db = layer_norm_backward(dy, h, ctx.weight, mean, rstd, dh, dtype=ctx.dtype)
+        d_weight = hand_over(ctx.sink, ctx.weight, lambda out: out.add_(dw))
+        d_bias = hand_over(ctx.sink, ctx.bias, lambda out: out.add_(db))  # type: ignore[arg-type]
+        return dx, d_residual if ctx.needs_input_grad[1] else None, d_weight, d_bias, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, sink: Any) -> Tensor:
-        wide = x.to(accumulation_dtype(x.dtype))
-        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-        ctx.sink, ctx.weight = sink, weight
-        ctx.save_for_backward(x, scale)
-        return (wide * scale).mul_(weight).to(weight.dtype)
+    """As :class:`_LayerNorm`."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        weight, wide = ctx.weight, scale.dtype
-        dy, normed = grads[0].to(wide), x.to(wide) * scale
-        dw = (dy * normed).flatten(0, -2).sum(0)
-        d_weight = hand_over(ctx.sink, weight, lambda out: out.add_(dw))
-        dy = dy * weight
-        dx = (dy - normed * (dy * normed).mean(-1, keepdim=True)).mul_(scale)
-        return dx.to(x.dtype), d_weight, None, None
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, sink: Any) -> Any:
+        y, h, rstd = rms_norm_forward(x, weight, residual, epsilon)
+        ctx.sink, ctx.weight, ctx.dtype = sink, weight, x.dtype
+        ctx.save_for_backward(h, rstd)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        h, rstd = ctx.saved_tensors
+        dx, d_residual, dw = rms_norm_backward(dy, h, ctx.weight, rstd, dh, dtype=ctx.dtype)
+        d_weight = hand_over(ctx.sink, ctx.weight, lambda out: out.add_(dw))
+        return dx, d_residual if ctx.needs_input_grad[1] else None, d_weight, None, None
 
 
 class RMSNorm(nn.Module):
@@ -67,7 +63,11 @@ class RMSNorm(nn.Module):
         self.weight = parameter(whole_spec(f"{name}.weight", (hidden,), place, decay=False, mean=1.0), place)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return apply(_RMSNorm, x, self.weight, self.epsilon, call.sink)
+        return apply(_RMSNorm, x, None, self.weight, self.epsilon, call.sink)
+
+    def add(self, x: Tensor, residual: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and that sum."""
+        return apply(_RMSNorm, x, residual, self.weight, self.epsilon, call.sink)
 
 
 class LayerNorm(nn.Module):
@@ -84,7 +84,11 @@ class LayerNorm(nn.Module):
         self.bias = parameter(whole_spec(f"{name}.bias", (hidden,), place, decay=False), place)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        return apply(_LayerNorm, x, self.weight, self.bias, self.epsilon, call.sink)
+        return apply(_LayerNorm, x, None, self.weight, self.bias, self.epsilon, call.sink)
+
+    def add(self, x: Tensor, residual: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and that sum."""
+        return apply(_LayerNorm, x, residual, self.weight, self.bias, self.epsilon, call.sink)
 
 
 def make_norm(name: str, model: Model, place: Place) -> LayerNorm | RMSNorm:

@@ -48,8 +48,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_sBH: Tensor, call: Call) -> Tensor:
         y_sBH = self.attention(self.attention_norm(x_sBH, call), call)
-        x_sBH = x_sBH + self.attention_dropout.hidden(y_sBH, call)
-        y_sBH = self.feedforward(self.feedforward_norm(x_sBH, call), call)
+        y_sBH, x_sBH = self.feedforward_norm.add(self.attention_dropout.hidden(y_sBH, call), x_sBH, call)
+        y_sBH = self.feedforward(y_sBH, call)
         return x_sBH + self.feedforward_dropout.hidden(y_sBH, call)
 
 

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from megapoly_kernels.launch import interpreted, triton
 from torch import Tensor
+
+from megapoly_kernels.launch import interpreted, triton
 
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed")
 GPU = torch.cuda.is_available()

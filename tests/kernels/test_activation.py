@@ -6,11 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from megapoly_kernels.activation import gelu, gelu_reference, swiglu, swiglu_reference
 from torch import Tensor
 from torch.nn.functional import gelu as torch_gelu
 from torch.nn.functional import silu
 
+from megapoly_kernels.activation import gelu, gelu_reference, swiglu, swiglu_reference
 from tests.kernels.rule import DEVICE, DTYPES, check, kernels, needs_triton
 
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import megapoly_kernels
 import pytest
+
+import megapoly_kernels
 from megapoly_kernels import aot
 from megapoly_kernels.launch import ARCHITECTURES
-
 from tests.kernels.rule import needs_triton
 
 

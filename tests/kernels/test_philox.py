@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+
 from megapoly_kernels import philox
 
 
