@@ -2,5 +2,6 @@
 
 from megapoly_kernels.activation import gelu, swiglu
 from megapoly_kernels.adamw import adamw
+from megapoly_kernels.rotary import rotary, rotary_qkv
 
-__all__ = ["adamw", "gelu", "swiglu"]
+__all__ = ["adamw", "gelu", "rotary", "rotary_qkv", "swiglu"]
