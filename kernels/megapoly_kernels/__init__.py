@@ -1,5 +1,7 @@
 """Kernels of megapoly, usable on their own. Imports nothing from megapoly."""
 
 from megapoly_kernels.activation import gelu, swiglu
+from megapoly_kernels.adamw import adamw
+from megapoly_kernels.rotary import rotary, rotary_qkv
 
-__all__ = ["gelu", "swiglu"]
+__all__ = ["adamw", "gelu", "rotary", "rotary_qkv", "swiglu"]

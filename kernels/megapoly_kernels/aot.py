@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from megapoly_kernels import activation, norm
+from megapoly_kernels.activation import variants as activation_variants
+from megapoly_kernels.adamw import variants as adamw_variants
 from megapoly_kernels.launch import ARCHITECTURES, Variant
+from megapoly_kernels.norm import variants as norm_variants
+from megapoly_kernels.rotary import variants as rotary_variants
 
 MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
-    "activation": activation.variants,
-    "norm": norm.variants,
+    "activation": activation_variants,
+    "norm": norm_variants,
+    "adamw": adamw_variants,
+    "rotary": rotary_variants,
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megapoly.config import Model, RopeScaling
-from megapoly.layers.call import accumulation_dtype, apply
+from megapoly.layers.call import apply
+from megapoly_kernels.rotary import rotary_qkv_forward
 
 
 class Rotary:
@@ -57,25 +58,12 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, table: Tensor, per_group: int) -> Tensor:
         ctx.per_group = per_group
         ctx.save_for_backward(table)
-        return _turned(qkv, table, per_group, 1)
+        return rotary_qkv_forward(qkv, table, per_group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (table,) = ctx.saved_tensors
-        return _turned(grads[0], table, ctx.per_group, -1), None, None
-
-
-def _turned(qkv: Tensor, table: Tensor, per_group: int, sign: int) -> Tensor:
-    s, b, _ = qkv.shape
-    half = table.shape[-1]
-    result = qkv.clone(memory_format=torch.contiguous_format)
-    pairs = result.view(s, b, -1, per_group, 2, half)[:, :, :, :-1]  # not the value
-    cos, sin = table.to(accumulation_dtype(qkv.dtype))
-    x, y = (pairs[..., i, :].to(cos.dtype) for i in range(2))
-    turned_x, turned_y = x * cos - y * (sin * sign), y * cos + x * (sin * sign)
-    pairs[..., 0, :] = turned_x
-    pairs[..., 1, :] = turned_y
-    return result
+        return rotary_qkv_forward(grads[0], table, ctx.per_group, sign=-1), None, None
 
 
 def rotate(qkv: Tensor, table: Tensor, per_group: int) -> Tensor:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from megapoly.config import Optimizer
-from megapoly.optim.buffers import Buffers, FlatBucket
-
-_CHUNK = 1 << 16  # elements; the working set of a chunk stays in a core's cache
+from megapoly.optim.buffers import Buffers
+from megapoly_kernels.adamw import adamw_update
 
 
 class AdamW:
@@ -39,18 +36,18 @@ class AdamW:
         """
         self.steps += 1
         config = self.config
-        correction1, correction2 = 1 - config.beta1**self.steps, 1 - config.beta2**self.steps
+        device = self.buffers.buckets[0].values.device
+        numbers = torch.tensor([rate, scale, self.steps], dtype=torch.float64, device=device)
+        now = (numbers[0], numbers[1], numbers[2])
         for number in reversed(range(len(self.states))):
             bucket, state = self.buffers.buckets[number], self.states[number]
-            keep = 1 - rate * config.weight_decay if bucket.plan.decay else 1.0
-            for weight, gradient, first, second in _chunks(bucket, state):
-                gradient.mul_(scale)
-                first.lerp_(gradient, 1 - config.beta1)
-                second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
-                denominator = second.div(correction2).sqrt_().add_(config.epsilon)
-                weight.mul_(keep).addcdiv_(first, denominator, value=-rate / correction1)
-            if "master" in state:
-                bucket.values[bucket.mine].copy_(state["master"])
+            values = bucket.values[bucket.mine]
+            master = state.get("master")
+            adamw_update(
+                values if master is None else master, bucket.gradients[bucket.mine], (state["first"], state["second"]),
+                None if master is None else values, now,
+                config.beta1, config.beta2, config.epsilon, config.weight_decay if bucket.plan.decay else 0.0,
+            )  # fmt: skip
             self.buffers.gather(number)
 
     def refresh_master(self) -> None:
@@ -58,11 +55,3 @@ class AdamW:
         for bucket, state in zip(self.buffers.buckets, self.states):
             if "master" in state:
                 state["master"].copy_(bucket.values[bucket.mine])
-
-
-def _chunks(bucket: FlatBucket, state: dict[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    weights = state["master"] if "master" in state else bucket.values[bucket.mine]
-    tensors = (weights, bucket.gradients[bucket.mine], state["first"], state["second"])
-    chunk = _CHUNK if weights.is_cpu else max(1, weights.numel())
-    for begin in range(0, weights.numel(), chunk):
-        yield tuple(tensor[begin : begin + chunk] for tensor in tensors)
