@@ -97,7 +97,7 @@ def test_the_reference_is_pytorch_s(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the reference runs on a CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_reference_has_the_bits_of_the_engine_s(dtype: torch.dtype) -> None:
+def test_the_engine_s_is_this_one(dtype: torch.dtype) -> None:
     given = buffers((1 << 16) + 77, dtype)
     values = given.get("values", given["weights"])
     bucket = SimpleNamespace(

@@ -118,7 +118,7 @@ def test_the_reference_is_a_product_of_complex_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_reference_has_the_bits_of_the_engine_s(dtype: torch.dtype) -> None:
+def test_the_engine_s_is_this_one(dtype: torch.dtype) -> None:
     qkv, table = normal(7, 2, 120, dtype=dtype), angles(7, 2, 1, 1, 5)
     (found, back), (wanted, wanted_back) = (
         (turned, *torch.autograd.grad(turned, leaf, normal(7, 2, 120, dtype=dtype, seed=2)))
