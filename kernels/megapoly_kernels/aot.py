@@ -19,12 +19,14 @@ from pathlib import Path
 
 from megapoly_kernels import activation
 from megapoly_kernels.adamw import variants as adamw_variants
+from megapoly_kernels.dropout import variants as dropout_variants
 from megapoly_kernels.launch import ARCHITECTURES, Variant
 from megapoly_kernels.rotary import variants as rotary_variants
 
 MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
     "activation": activation.variants,
     "adamw": adamw_variants,
+    "dropout": dropout_variants,
     "rotary": rotary_variants,
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have
