@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megapoly.spec import ParamSpec
 from megapoly_kernels import philox
+from megapoly_kernels.dropout import keep_reference
 
 _ROWS = 1 << 20
 
@@ -55,8 +56,4 @@ def keep(key: int, rate: float, samples: Tensor, rows: Tensor, channels: int) ->
 
     Every element is a function of (key, sample, row, channel) alone. ``samples`` and ``rows`` are int64.
     """
-    blocks = -(-channels // 4)
-    index = rows.unsqueeze(-1) * blocks + torch.arange(blocks, device=rows.device)
-    index, streams = torch.broadcast_tensors(index, samples.to(rows.device).unsqueeze(-1))
-    words = philox.words(index, key, streams).flatten(-2)
-    return words[..., :channels] >= round(rate * 2**32)
+    return keep_reference(samples.to(rows.device), rows, channels, key, rate)

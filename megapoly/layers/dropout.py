@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megapoly import rng
 from megapoly.layers.call import Call, Place
+from megapoly_kernels.dropout import dropout
+from megapoly_kernels.launch import runs_triton
 
 
 class _Masked(torch.autograd.Function):
@@ -43,7 +45,10 @@ class Dropout:
             return x_sBH
         tokens_S = torch.arange(call.positions_SB.shape[0], device=x_sBH.device)
         tokens_s = call.slice(tokens_S, self.tp)
-        return self._drop(x_sBH, call.samples_B.unsqueeze(0), tokens_s.unsqueeze(1))
+        samples, tokens = call.samples_B.unsqueeze(0), tokens_s.unsqueeze(1)
+        if runs_triton(x_sBH):
+            return dropout(x_sBH, self.key, self.rate, samples, tokens)
+        return self._drop(x_sBH, samples, tokens)
 
     def probabilities(self, p_BASS: Tensor, call: Call) -> Tensor:
         """Of the attention of this rank's A heads over S keys; a row is a head and a query."""
@@ -55,5 +60,8 @@ class Dropout:
         return self._drop(p_BASS, call.samples_B.view(-1, 1, 1), rows_AS)
 
     def _drop(self, x: Tensor, samples: Tensor, rows: Tensor) -> Tensor:
-        """``samples`` and ``rows`` broadcast to the shape of ``x`` without its last dimension."""
+        """With a mask that is kept, since a CPU takes long to make it again.
+
+        ``samples`` and ``rows`` broadcast to the shape of ``x`` without its last dimension.
+        """
         return _Masked.apply(x, rng.keep(self.key, self.rate, samples, rows, x.shape[-1]), self.rate)

@@ -20,6 +20,7 @@ Device = Literal["cpu", "cuda"]
 PARAMETER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 # Of an element's random word: for every four Philox has 18 int64 at once (counters, words, products, new words).
 PHILOX_BYTES = 36
+PHILOX_WORDS = 1 << 16  # at a time on a CPU
 
 
 class Live(NamedTuple):
@@ -116,8 +117,9 @@ class Sizes:
     def random(self) -> int:
         """Random words of a layer's largest dropout."""
         model = self.config.model
-        hidden = self.slice_tokens * model.hidden if model.dropout else 0
-        return PHILOX_BYTES * max(hidden, self.scores if model.attention_dropout else 0)
+        hidden = self.slice_tokens * model.hidden if model.dropout and self.device == "cpu" else 0
+        most = max(hidden, self.scores if model.attention_dropout else 0)
+        return PHILOX_BYTES * (min(most, PHILOX_WORDS) if self.device == "cpu" else most)
 
     @cached_property
     def norm(self) -> int:
@@ -152,8 +154,9 @@ class Sizes:
 
     @cached_property
     def dropped(self) -> int:
-        """A dropout of the residual stream keeps a byte an element."""
-        return self.slice_tokens * self.config.model.hidden if self.config.model.dropout else 0
+        """A dropout of the residual stream keeps a byte an element on a CPU; a GPU makes the mask again."""
+        keeps = self.config.model.dropout and self.device == "cpu"
+        return self.slice_tokens * self.config.model.hidden if keeps else 0
 
     @cached_property
     def logits(self) -> int:
