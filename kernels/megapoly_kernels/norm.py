@@ -53,26 +53,22 @@ LAUNCH: Table = {
     (80, 4, _ANY): Launch({"BLOCK": 8192}, warps=16),
     (80, 8, _ANY): Launch({"BLOCK": 2048}, warps=8),
 }
+# AGAIN: the weight is read for every row, where it would take the registers that would spill.
 LAUNCH_BACKWARD: Table = {
     **{
-        (80, itemsize, block): Launch({"ROWS": rows, "BLOCK": block, "STAGES": 2}, warps=warps)
-        for itemsize, more in ((2, 1), (4, 2))
-        for rows, block, warps in (
-            (8, 256, 4),
-            (2, 1024, 4),
-            (1, 2048, 4 * more),
-            (1, 4096, 8 * more),
-            (1, 8192, 16 * more),
-        )  # fmt: skip
-    },
-    **{
-        (80, 8, block): Launch({"ROWS": rows, "BLOCK": block, "STAGES": 1}, warps=warps)
-        for rows, block, warps in ((2, 256, 4), (1, 1024, 8), (1, 2048, 8))
+        (80, itemsize, block): Launch({"ROWS": rows, "BLOCK": block, "STAGES": stages, "AGAIN": again}, warps=warps)
+        for itemsize, rows, block, warps, stages, again in (
+            (2, 8, 256, 4, 2, 0), (2, 2, 1024, 4, 2, 0), (2, 1, 2048, 4, 2, 0), (2, 1, 4096, 8, 2, 0),
+            (2, 1, 8192, 16, 2, 0),
+            (4, 8, 256, 4, 2, 0), (4, 2, 1024, 4, 2, 0), (4, 1, 2048, 8, 2, 0), (4, 1, 4096, 16, 2, 0),
+            (4, 1, 8192, 16, 2, 1),
+            (8, 2, 256, 4, 1, 0), (8, 1, 1024, 8, 1, 0), (8, 1, 2048, 8, 1, 0),
+        )
     },
     (80, 2, _ANY): Launch({"BLOCK": 8192}, warps=16),
     (80, 4, _ANY): Launch({"BLOCK": 8192}, warps=16),
     (80, 8, _ANY): Launch({"BLOCK": 2048}, warps=8),
-}
+}  # fmt: skip
 # The gradients of weight and bias where a row does not fit: tiles of some rows and columns.
 LAUNCH_SUM: Table = {
     (80, 2, _ANY): Launch({"ROWS": 8, "BLOCK": 256}, warps=4),
@@ -192,7 +188,7 @@ def _backward(
     dh_ptr, dx_ptr, sums_ptr, dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, into_ptr,
     rows, columns, dy_stride, h_stride, into_stride, per_group,
     CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INTO: tl.constexpr, HAS_DX: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     wide = sums_ptr.dtype.element_ty
     at = tl.arange(0, BLOCK)
@@ -212,6 +208,8 @@ def _backward(
             n -= tl.load(mean_ptr + row, mask=row < last, other=0.0)[:, None]
         n *= rstd
         d_weight += dy * n
+        if AGAIN:
+            weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(wide)[None, :]
         g = dy * weight
         dh = g - n * (tl.sum(g * n, 1) / columns)[:, None]
         if CENTRED:
