@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from megapoly_kernels import norm_cuda
 from megapoly_kernels.launch import (
     Launch,
     Table,
@@ -381,10 +382,8 @@ def _rounded(d_wide: Tensor, h: Tensor, dh: Tensor | None, dtype: torch.dtype | 
     return d_residual if dtype in (None, h.dtype) else d_wide.to(dtype), d_residual
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor) -> Tensor:
     """[rows, N], a view where rows lie at equal distances and their elements side by side."""
-    if x is None:
-        return None
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -402,9 +401,14 @@ def _launch_forward(
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=wide)
     mean = torch.empty_like(rstd) if centred else None
     if y.numel():
-        x_RN, residual_RN = _rows(x), _rows(residual)
+        x_RN, arch = _rows(x), architecture(x.device)
+        residual_RN = None if residual is None else _rows(residual)
         rows, columns = x_RN.shape
-        chosen = settings(LAUNCH, architecture(x.device), h.element_size(), columns)
+        if norm_cuda.takes(norm_cuda.FORWARD, arch, h.element_size(), columns):
+            outputs = (y, None if residual is None else h, mean, rstd)
+            norm_cuda.forward(x_RN, weight, bias, residual_RN, outputs, epsilon)
+            return y, h, mean, rstd
+        chosen = settings(LAUNCH, arch, h.element_size(), columns)
         kernel = _forward if "ROWS" in chosen.constants else _forward_long
         with on_device(x):
             kernel[(cdiv(rows, chosen.constants.get("ROWS", 1)),)](
@@ -435,13 +439,17 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     d_residual = torch.empty_like(h, memory_format=torch.contiguous_format)
     dx = d_residual if dtype in (None, h.dtype) else torch.empty_like(d_residual, dtype=dtype)
-    h_RN, dy_RN, into_RN = _rows(h), _rows(dy), _rows(into)
+    h_RN, dy_RN, into_RN = _rows(h), _rows(dy), None if into is None else _rows(into)
     rows, columns = h_RN.shape
     if not h.numel():
         return dx, d_residual, rstd.new_zeros(columns), rstd.new_zeros(columns) if has_bias else None
-    chosen = settings(LAUNCH_BACKWARD, architecture(h.device), h.element_size(), columns)
+    arch = architecture(h.device)
+    if norm_cuda.takes(norm_cuda.BACKWARD, arch, h.element_size(), columns):
+        inputs = (dy_RN, h_RN, into_RN)
+        return dx, d_residual, *norm_cuda.backward(inputs, weight, mean, rstd, (dx, d_residual), has_bias)
+    chosen = settings(LAUNCH_BACKWARD, arch, h.element_size(), columns)
     whole = "ROWS" in chosen.constants
-    summing = chosen if whole else settings(LAUNCH_SUM, architecture(h.device), h.element_size(), columns)
+    summing = chosen if whole else settings(LAUNCH_SUM, arch, h.element_size(), columns)
     per_group, groups = _groups(h, rows, summing.constants["ROWS"], summing.warps)
     sums = rstd.new_empty(1 + has_bias, groups, columns)
     weight = weight.contiguous()
