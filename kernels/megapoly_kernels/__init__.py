@@ -3,6 +3,7 @@
 from megapoly_kernels.activation import gelu, swiglu
 from megapoly_kernels.adamw import adamw
 from megapoly_kernels.dropout import dropout, dropout_add
+from megapoly_kernels.norm import layer_norm, rms_norm
 from megapoly_kernels.rotary import rotary, rotary_qkv
 
-__all__ = ["adamw", "dropout", "dropout_add", "gelu", "rotary", "rotary_qkv", "swiglu"]
+__all__ = ["adamw", "dropout", "dropout_add", "gelu", "layer_norm", "rms_norm", "rotary", "rotary_qkv", "swiglu"]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from megapoly_kernels import norm_cuda
 from megapoly_kernels.launch import (
     Launch,
     Table,
@@ -53,20 +54,22 @@ LAUNCH: Table = {
     (80, 4, _ANY): Launch({"BLOCK": 8192}, warps=16),
     (80, 8, _ANY): Launch({"BLOCK": 2048}, warps=8),
 }
+# AGAIN: the weight is read for every row, where it would take the registers that would spill.
 LAUNCH_BACKWARD: Table = {
     **{
-        (80, itemsize, block): Launch({"ROWS": rows, "BLOCK": block, "STAGES": 2}, warps=warps)
-        for itemsize in (2, 4)
-        for rows, block, warps in ((8, 256, 4), (2, 1024, 4), (1, 2048, 4), (1, 4096, 8), (1, 8192, 16))
-    },
-    **{
-        (80, 8, block): Launch({"ROWS": rows, "BLOCK": block, "STAGES": 1}, warps=warps)
-        for rows, block, warps in ((2, 256, 4), (1, 1024, 8), (1, 2048, 8))
+        (80, itemsize, block): Launch({"ROWS": rows, "BLOCK": block, "STAGES": stages, "AGAIN": again}, warps=warps)
+        for itemsize, rows, block, warps, stages, again in (
+            (2, 8, 256, 4, 2, 0), (2, 2, 1024, 4, 2, 0), (2, 1, 2048, 4, 2, 0), (2, 1, 4096, 8, 2, 0),
+            (2, 1, 8192, 16, 2, 0),
+            (4, 8, 256, 4, 2, 0), (4, 2, 1024, 4, 2, 0), (4, 1, 2048, 8, 2, 0), (4, 1, 4096, 16, 2, 0),
+            (4, 1, 8192, 16, 2, 1),
+            (8, 2, 256, 4, 1, 0), (8, 1, 1024, 8, 1, 0), (8, 1, 2048, 8, 1, 0),
+        )
     },
     (80, 2, _ANY): Launch({"BLOCK": 8192}, warps=16),
     (80, 4, _ANY): Launch({"BLOCK": 8192}, warps=16),
     (80, 8, _ANY): Launch({"BLOCK": 2048}, warps=8),
-}
+}  # fmt: skip
 # The gradients of weight and bias where a row does not fit: tiles of some rows and columns.
 LAUNCH_SUM: Table = {
     (80, 2, _ANY): Launch({"ROWS": 8, "BLOCK": 256}, warps=4),
@@ -186,7 +189,7 @@ def _backward(
     dh_ptr, dx_ptr, sums_ptr, dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, into_ptr,
     rows, columns, dy_stride, h_stride, into_stride, per_group,
     CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INTO: tl.constexpr, HAS_DX: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     wide = sums_ptr.dtype.element_ty
     at = tl.arange(0, BLOCK)
@@ -206,6 +209,8 @@ def _backward(
             n -= tl.load(mean_ptr + row, mask=row < last, other=0.0)[:, None]
         n *= rstd
         d_weight += dy * n
+        if AGAIN:
+            weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(wide)[None, :]
         g = dy * weight
         dh = g - n * (tl.sum(g * n, 1) / columns)[:, None]
         if CENTRED:
@@ -377,10 +382,8 @@ def _rounded(d_wide: Tensor, h: Tensor, dh: Tensor | None, dtype: torch.dtype | 
     return d_residual if dtype in (None, h.dtype) else d_wide.to(dtype), d_residual
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor) -> Tensor:
     """[rows, N], a view where rows lie at equal distances and their elements side by side."""
-    if x is None:
-        return None
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -398,9 +401,14 @@ def _launch_forward(
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=wide)
     mean = torch.empty_like(rstd) if centred else None
     if y.numel():
-        x_RN, residual_RN = _rows(x), _rows(residual)
+        x_RN, arch = _rows(x), architecture(x.device)
+        residual_RN = None if residual is None else _rows(residual)
         rows, columns = x_RN.shape
-        chosen = settings(LAUNCH, architecture(x.device), h.element_size(), columns)
+        if norm_cuda.takes(norm_cuda.FORWARD, arch, h.element_size(), columns):
+            outputs = (y, None if residual is None else h, mean, rstd)
+            norm_cuda.forward(x_RN, weight, bias, residual_RN, outputs, epsilon)
+            return y, h, mean, rstd
+        chosen = settings(LAUNCH, arch, h.element_size(), columns)
         kernel = _forward if "ROWS" in chosen.constants else _forward_long
         with on_device(x):
             kernel[(cdiv(rows, chosen.constants.get("ROWS", 1)),)](
@@ -431,13 +439,17 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     d_residual = torch.empty_like(h, memory_format=torch.contiguous_format)
     dx = d_residual if dtype in (None, h.dtype) else torch.empty_like(d_residual, dtype=dtype)
-    h_RN, dy_RN, into_RN = _rows(h), _rows(dy), _rows(into)
+    h_RN, dy_RN, into_RN = _rows(h), _rows(dy), None if into is None else _rows(into)
     rows, columns = h_RN.shape
     if not h.numel():
         return dx, d_residual, rstd.new_zeros(columns), rstd.new_zeros(columns) if has_bias else None
-    chosen = settings(LAUNCH_BACKWARD, architecture(h.device), h.element_size(), columns)
+    arch = architecture(h.device)
+    if norm_cuda.takes(norm_cuda.BACKWARD, arch, h.element_size(), columns):
+        inputs = (dy_RN, h_RN, into_RN)
+        return dx, d_residual, *norm_cuda.backward(inputs, weight, mean, rstd, (dx, d_residual), has_bias)
+    chosen = settings(LAUNCH_BACKWARD, arch, h.element_size(), columns)
     whole = "ROWS" in chosen.constants
-    summing = chosen if whole else settings(LAUNCH_SUM, architecture(h.device), h.element_size(), columns)
+    summing = chosen if whole else settings(LAUNCH_SUM, arch, h.element_size(), columns)
     per_group, groups = _groups(h, rows, summing.constants["ROWS"], summing.warps)
     sums = rstd.new_empty(1 + has_bias, groups, columns)
     weight = weight.contiguous()
@@ -598,10 +610,13 @@ def _fits(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: T
 
 def variants(arch: int) -> Iterator[Variant]:
     """What is compiled ahead of time."""
-    sizes = [(2, "bf16", n) for n in (128, 1024, 2048, 4096, 8192, 16384, 65536)]
-    for itemsize, kind, columns in [*sizes, (4, "fp32", 4096), (4, "fp32", 16384), (4, "fp32", 65536), (8, "fp64", 4096)]:
-        for centred in (True, False):
-            if centred or columns >= 4096 and itemsize < 8:
+    for itemsize, kind, sizes, rms in (
+        (2, "bf16", (128, 1024, 2048, 4096, 8192, 16384, 65536), (8192, 65536)),
+        (4, "fp32", (4096, 8192, 16384, 65536), (8192,)),
+        (8, "fp64", (4096,), ()),
+    ):
+        for columns in sizes:
+            for centred in (True, False) if columns in rms else (True,):
                 yield from _variants(arch, itemsize, kind, columns, centred)
 
 
@@ -621,6 +636,8 @@ def _variants(arch: int, itemsize: int, kind: str, columns: int, centred: bool) 
     yield Variant(f"{name} forward", kernel, {**types, **statistics, **counts}, constants, chosen)
 
     chosen = settings(LAUNCH_BACKWARD, arch, itemsize, columns)
+    if columns == 16384:  # as of 65536
+        return
     types = {"dh_ptr": stream, "dx_ptr": low, "dy_ptr": low, "h_ptr": stream, "weight_ptr": low, "into_ptr": stream}
     counts = {each: "i32" for each in ("columns", "dy_stride", "h_stride", "into_stride")}
     constants = {"CENTRED": centred, "HAS_INTO": True, "HAS_DX": kind == "fp32", **no_mean}
