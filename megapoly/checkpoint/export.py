@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from megapoly.checkpoint.huggingface_config import to_config
 from megapoly.checkpoint.huggingface_tokenizer import end_ids, plain_name, tokenizer_files
 from megapoly.checkpoint.streams import Stream, ahead
 from megapoly.checkpoint.tensor_files import INDEX
-from megapoly.checkpoint.unfinished import Unfinished
+from megapoly.checkpoint.unfinished import Unfinished, copy_of
 from megapoly.checkpoint.weights import TOKENIZER, Options, Weights
 from megapoly.spec import Box, Index
 
@@ -93,7 +91,7 @@ def export_native(weights: Weights, unfinished: Unfinished, options: Options, pr
     for path in weights.tokenizer:
         name = plain_name(weights, path)
         digests[name] = sha256(path)
-        unfinished.finish_file(f"{TOKENIZER}/{name}", partial(shutil.copyfile, path))
+        unfinished.finish_file(f"{TOKENIZER}/{name}", copy_of(path))
     meta = {
         "model": weights.model.model_dump(mode="json"),
         "tokenizer": weights.tokenizer_sha256,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from megapoly.checkpoint.huggingface import SENTENCEPIECE
+from megapoly.checkpoint.unfinished import copy_of
 from megapoly.checkpoint.weights import Weights
 from megapoly.data.huggingface_export import make_tokenizer_json
 from megapoly.data.tokenizer import Tokenizer
@@ -44,8 +43,8 @@ def tokenizer_files(weights: Weights) -> tuple[dict[str, Write], list[str]]:
     """What writes each file, by name, and sentences about what is not as it should be."""
     model = own_model(weights)
     if model is None:
-        return {plain_name(weights, path): partial(shutil.copyfile, path) for path in weights.tokenizer}, []
-    files: dict[str, Write] = {SENTENCEPIECE: partial(shutil.copyfile, model)}
+        return {plain_name(weights, path): copy_of(path) for path in weights.tokenizer}, []
+    files: dict[str, Write] = {SENTENCEPIECE: copy_of(model)}
     tokenizer = Tokenizer.load(model)
     content = make_tokenizer_json(tokenizer)
     if content is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from megapoly.checkpoint.megatron_args import check_exportable, to_arguments
 from megapoly.checkpoint.megatron_layout import Part, padded_vocabulary, slots
 from megapoly.checkpoint.streams import PART, Stream, ahead
 from megapoly.checkpoint.torch_writer import NewTensor, write_torch
-from megapoly.checkpoint.unfinished import Unfinished
+from megapoly.checkpoint.unfinished import Unfinished, copy_of
 from megapoly.checkpoint.weights import Options, Weights
 from megapoly.spec import Box
 
@@ -94,7 +93,7 @@ def _nested(tensors: dict[str, NewTensor]) -> dict[str, Any]:
 
 def _write_others(weights: Weights, unfinished: Unfinished) -> None:
     for path in weights.tokenizer:
-        unfinished.finish_file(f"{TOKENIZER}/{path.name}", partial(shutil.copyfile, path))
+        unfinished.finish_file(f"{TOKENIZER}/{path.name}", copy_of(path))
     kept = {"tokenizer": weights.tokenizer_sha256, "origin": dict(weights.origin)}
     text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
     unfinished.finish_file(ORIGIN, lambda path: _write(path, text))

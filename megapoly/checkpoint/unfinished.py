@@ -185,6 +185,15 @@ class Unfinished:
                 path.unlink()
 
 
+def copy_of(source: Path) -> Callable[[Path], None]:
+    """What makes a file as a copy, for :meth:`Unfinished.finish_file`."""
+
+    def make(target: Path) -> None:
+        shutil.copyfile(source, target)
+
+    return make
+
+
 def fingerprint(files: Iterable[Path]) -> list[Any]:
     """Name, size and time of change of every file: plain values that differ where their bytes were changed."""
     found = ((path, path.stat()) for path in sorted(files))

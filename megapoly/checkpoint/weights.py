@@ -7,13 +7,13 @@ needs weights, a new run, ``generate`` or ``convert``, reads the pieces that it 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megapoly.checkpoint import folders, huggingface, megatron, state
 from megapoly.checkpoint.accounting import check_tensors
@@ -194,6 +194,12 @@ def format_of(path: Path) -> type[HuggingFace] | type[Megatron] | type[Native]:
     )
 
 
+def fill(weights: Weights, parameters: Iterable[nn.Parameter]) -> None:
+    """Fill parameters with their boxes of the logical tensors, in their own dtype; padding becomes zero."""
+    for parameter in parameters:
+        state.fill(parameter, weights.read)
+
+
 def load_initial(weights: Weights, config: Config, optimizer: AdamW) -> None:
     """Fill the weights alone, for a new run: of any layout, any precision, any format.
 
@@ -205,7 +211,7 @@ def load_initial(weights: Weights, config: Config, optimizer: AdamW) -> None:
     check_tensors(weights.path, found, state.logical_shapes(config.model), "a checkpoint of another model", advice)
     optimizer.buffers.settle()
     for parameter in optimizer.buffers.parameters:
-        state.fill(parameter, weights.read)
+        fill(weights, [parameter])
         if not parameter.isfinite().all():
             raise CheckpointError(
                 f"{weights.path}: tensor {spec_of(parameter).name} has elements that are not finite in"

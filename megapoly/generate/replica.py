@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from megapoly import comm
-from megapoly.checkpoint import state
-from megapoly.checkpoint.weights import Weights
+from megapoly.checkpoint.weights import Weights, fill
 from megapoly.config import Layout, Model
 from megapoly.config_checks import check_shares
 from megapoly.context import ParallelContext
@@ -45,8 +44,7 @@ class Replica:
         self.first, self.last = pp.rank == 0, pp.rank == pp.size - 1
         self.stage = DecoderStage(model, layers=layers, first=self.first, last=self.last, place=place)
         self.stage.requires_grad_(False)
-        for parameter in self.stage.parameters():
-            state.fill(parameter, weights.read)
+        fill(weights, self.stage.parameters())
         weights.release()
         self._sent: list[comm.Pending] = []
 

@@ -53,9 +53,11 @@ def test_killed_and_on_a_full_disk_at_random_points(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_killed_and_on_a_full_disk_at_a_hundred_random_points(tmp_path: Path) -> None:
     found = run_script("conversion.py", {"folder": str(tmp_path), "count": 50, "seed": 2}, 1200)
-    for ends in found.values():
+    for to, ends in found.items():
+        assert len(ends["kill"]) == len(ends["full"]) == 50
         assert len({each["files"] for each in ends["kill"]}) > 5  # at many places
-        assert len({each["files"] for each in ends["full"]}) > 2
+        # Of Megatron's files the first is the largest: a bound on their size stops there.
+        assert len({each["files"] for each in ends["full"]}) > (0 if to == "megatron" else 2)
 
 
 @pytest.mark.long
