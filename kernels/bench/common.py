@@ -1,0 +1,265 @@
+"""What all benchmarks of kernels share: shapes of public models, limits of the machine, timing, rows.
+
+A case is one pass of one op at one shape. It and its peers take turns, and medians count. What a row's value is a
+share of, a copy or a product of matrices, is measured first, on the same device, in the same process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Row = dict[str, Any]
+Function = Callable[..., Any]
+SCALES = {"GB/s": 1e9, "TFLOP/s": 1e12}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a public model; ``gated``: SwiGLU, RMSNorm and rotary positions; ``alibi``: positions of BLOOM."""
+
+    name: str
+    hidden: int
+    heads: int
+    ffn: int
+    vocabulary: int
+    gated: bool = False
+    alibi: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+MODELS = (
+    Model("PolyLM-1.7B", 2048, 16, 8192, 256_000),
+    Model("PolyLM-13B", 5120, 40, 20480, 256_000),
+    Model("LLaMA-7B", 4096, 32, 11008, 32_000, gated=True),
+    Model("BLOOM-7B1", 4096, 32, 16384, 250_880, alibi=True),
+)
+SWEEP = tuple(Model(f"hidden {hidden}", hidden, hidden // 128, 4 * hidden, 32_000) for hidden in (1024, 8192, 16384))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """On what and how large: a GPU in bf16 with whole shapes, or a CPU in fp32 with few tokens.
+
+    Attributes:
+        quick: of every op the first model alone, with fewer tokens and turns: a trial, not a measurement.
+        sweep: hidden sizes beside those of the models.
+    """
+
+    device: torch.device
+    quick: bool = False
+    sweep: bool = False
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.gpu else torch.float32
+
+    @property
+    def models(self) -> Sequence[Model]:
+        return MODELS[:1] if self.quick else MODELS + (SWEEP if self.sweep else ())
+
+    @property
+    def batch(self) -> int:
+        return 4 if self.gpu and not self.quick else 1
+
+    @property
+    def sequence(self) -> int:
+        if self.gpu:
+            return 512 if self.quick else 2048
+        return 16 if self.quick else 128
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.sequence
+
+    @property
+    def repeats(self) -> int:
+        return 3 if self.quick else 20 if self.gpu else 7
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=dtype or self.dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pass at one shape.
+
+    Attributes:
+        work: bytes that have to be read and written, or operations, by ``unit``.
+        peers: other ways to the same result, by name.
+    """
+
+    name: str
+    shape: str
+    dtype: torch.dtype
+    work: float
+    run: Callable[[], Any]
+    peers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    unit: str = "GB/s"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine does: bytes copied (read and written) and operations of a product of matrices, a second."""
+
+    copy: float
+    matmul: float
+
+    def of(self, unit: str) -> float:
+        return self.copy if unit == "GB/s" else self.matmul
+
+
+def limits(bench: Bench) -> Limits:
+    """Measured with ``copy_`` and with a product of square matrices in the dtype of the benchmark."""
+    megabytes, side = (1024, 8192) if bench.gpu else (16, 256) if bench.quick else (256, 1024)
+    a = torch.ones(megabytes << 18, dtype=torch.float32, device=bench.device)
+    b = torch.empty_like(a)
+    (copy,) = seconds(bench, [lambda: b.copy_(a)])
+    x, y = bench.normal(side, side), bench.normal(side, side)
+    (matmul,) = seconds(bench, [lambda: x @ y])
+    return Limits(2.0 * a.numel() * 4 / copy, 2.0 * side**3 / matmul)
+
+
+def seconds(bench: Bench, functions: Sequence[Callable[[], Any]]) -> list[float]:
+    """Medians of functions that take turns, each after two calls that do not count.
+
+    On a GPU between events, after its cache was overwritten.
+    """
+    for function in functions:
+        function()
+        function()
+    found: list[list[float]] = [[] for _ in functions]
+    flush = torch.empty(256 << 18, dtype=torch.int32, device=bench.device) if bench.gpu else None
+    for _ in range(bench.repeats):
+        for own, function in zip(found, functions):
+            own.append(_on_gpu(function, flush) if flush is not None else _on_cpu(function))
+    return [statistics.median(own) for own in found]
+
+
+def _on_gpu(function: Callable[[], Any], flush: Tensor) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _on_cpu(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def peak_bytes(bench: Bench, function: Callable[[], Any]) -> int | None:
+    """Most bytes that a call has in use beyond what was there before, its results among them; None on a CPU."""
+    if not bench.gpu:
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def rows(bench: Bench, case: Case, machine: Limits) -> Iterator[Row]:
+    """A row for every peer, or one without a peer. A peer that fails is a row with its ``note``."""
+    peers, notes = dict(case.peers), {}
+    for name, function in case.peers.items():
+        try:
+            function()
+        except (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError) as error:
+            del peers[name]
+            notes[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    own, *theirs = seconds(bench, [case.run, *peers.values()])
+    scale = case.work / SCALES[case.unit]
+    limit = machine.of(case.unit) / SCALES[case.unit]
+    row: Row = {
+        "name": case.name,
+        "value": scale / own,
+        "unit": case.unit,
+        "peer": None,
+        "peer_value": None,
+        "ratio": None,
+        "limit": limit,
+        "share_of_limit": scale / own / limit,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "peak_bytes": peak_bytes(bench, case.run),
+    }
+    for name, time_of in zip(peers, theirs):
+        peak = peak_bytes(bench, peers[name])
+        yield {**row, "peer": name, "peer_value": scale / time_of, "ratio": time_of / own, "peer_peak_bytes": peak}
+    for name, note in notes.items():
+        yield {**row, "peer": name, "note": note}
+    if not case.peers:
+        yield row
+
+
+def passes(
+    bench: Bench, name: str, shape: str, run: Function, peers: Mapping[str, Function], inputs: Sequence[Tensor],
+    work: tuple[float, float], unit: str = "GB/s",
+) -> Iterator[Case]:  # fmt: skip
+    """The forward and the backward pass of functions of ``inputs``; ``work`` is of the two.
+
+    The backward pass gives gradients of all inputs that need one.
+    """
+    dtype = inputs[0].dtype
+
+    def forward(function: Function) -> Callable[[], Any]:
+        def call() -> Any:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return call
+
+    def backward(function: Function) -> Callable[[], Any]:
+        kept: list[Any] = []
+
+        def call() -> Any:
+            if not kept:  # the forward pass, in the first call, which is not measured
+                y = function(*inputs)
+                y = y[0] if isinstance(y, tuple) else y
+                kept.extend((y, torch.ones_like(y)))
+            return torch.autograd.grad(kept[0], wanted, kept[1], retain_graph=True)
+
+        return call
+
+    wanted = [each for each in inputs if each.requires_grad]
+    forwards, backwards = ({n: make(f) for n, f in peers.items()} for make in (forward, backward))
+    yield Case(f"{name} forward", shape, dtype, work[0], forward(run), forwards, unit)
+    yield Case(f"{name} backward", shape, dtype, work[1], backward(run), backwards, unit)
+
+
+def peers_of(bench: Bench, eager: Function, liger: Function | None = None) -> dict[str, Function]:
+    """PyTorch eager; on a GPU also torch.compile, and Liger where it is installed."""
+    found = {"eager": eager}
+    if bench.gpu:
+        found["compile"] = torch.compile(eager)
+        if liger is not None:
+            found["liger"] = liger
+    return found
+
+
+def liger(name: str) -> Function | None:
+    """A function of Liger's functional interface, or None where it is not installed."""
+    try:
+        return getattr(importlib.import_module("liger_kernel.transformers.functional"), name, None)
+    except ImportError:
+        return None

@@ -1,0 +1,30 @@
+"""Cross-entropy of logits, beside PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from common import SWEEP, Bench, Case, passes, peers_of
+from megapoly_kernels import cross_entropy
+from torch import Tensor
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    """Traffic is V a token forward and 2 V backward."""
+    tokens = bench.tokens // 2 if bench.gpu else bench.tokens // 4
+    for model in bench.models:
+        if model in SWEEP:
+            continue
+        logits = bench.normal(tokens, model.vocabulary).requires_grad_()
+        labels = torch.randint(model.vocabulary, (tokens,), device=bench.device)
+
+        def run(logits: Tensor, labels: Tensor = labels) -> Tensor:
+            return cross_entropy(logits, labels)
+
+        def eager(logits: Tensor, labels: Tensor = labels) -> Tensor:
+            return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+        size = logits.numel() * logits.element_size()
+        shape = f"{model.name}: {tokens} x {model.vocabulary}"
+        yield from passes(bench, "cross-entropy", shape, run, peers_of(bench, eager), [logits], (size, 2 * size))
