@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common import Bench, Case, liger, passes, peers_of
-from megapoly_kernels import gelu, swiglu
 from torch import Tensor
 from torch.nn.functional import gelu as torch_gelu
 from torch.nn.functional import silu
+
+from megapoly_kernels import gelu, swiglu
 
 
 def eager_gelu(x: Tensor, bias: Tensor) -> Tensor:

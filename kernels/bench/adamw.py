@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from common import Bench, Case
+
 from megapoly_kernels import adamw
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from common import SWEEP, Bench, Case, Function, passes
-from megapoly_kernels import attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megapoly_kernels import attention
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

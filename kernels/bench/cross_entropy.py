@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from common import SWEEP, Bench, Case, passes, peers_of
-from megapoly_kernels import cross_entropy
 from torch import Tensor
+
+from megapoly_kernels import cross_entropy
 
 
 def cases(bench: Bench) -> Iterator[Case]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from common import Bench, Case, passes, peers_of
-from megapoly_kernels import dropout_add
 from torch import Tensor
+
+from megapoly_kernels import dropout_add
 
 RATE = 0.1
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from common import SWEEP, Bench, Case, Function, liger
-from megapoly_kernels import linear_cross_entropy
 from torch import Tensor
+
+from megapoly_kernels import linear_cross_entropy
 
 
 def eager(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from common import Bench, Case, liger, passes, peers_of
-from megapoly_kernels import layer_norm, rms_norm
 from torch import Tensor
+
+from megapoly_kernels import layer_norm, rms_norm
 
 
 def eager_layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from common import Bench, Case, passes, peers_of
+from torch import Tensor
+
 from megapoly_kernels import rotary_qkv
 from megapoly_kernels.rotary import rotary_qkv_forward
-from torch import Tensor
 
 
 def cases(bench: Bench) -> Iterator[Case]:

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megapoly_kernels import norm_cuda
-from megapoly_kernels.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 from torch import Tensor
 
+from megapoly_kernels import norm_cuda
+from megapoly_kernels.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 from tests.kernels.rule import GPU, check, gradients, kernels, needs_triton
 from tests.kernels.test_norm import normal, parameters
 
