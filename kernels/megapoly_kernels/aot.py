@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from megapoly_kernels import activation
+from megapoly_kernels import activation, attention_tiles
 from megapoly_kernels.launch import ARCHITECTURES, Variant
 
 MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
     "activation": activation.variants,
+    "attention_tiles": attention_tiles.variants,
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have
 
