@@ -62,6 +62,7 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
         ("kernels/megapoly_kernels/aot.py", "triton"),
         ("kernels/megapoly_kernels/aot.py", "triton.backends.compiler"),
         ("kernels/megapoly_kernels/aot.py", "triton.compiler"),
+        ("kernels/megapoly_kernels/attention.py", "flash_attn"),
         ("megapoly/checkpoint/verification.py", "transformers"),
         ("megapoly/charts/figure.py", "matplotlib"),
         ("megapoly/data/compression.py", "zstandard"),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megapoly_kernels.activation import variants as activation_variants
 from megapoly_kernels.adamw import variants as adamw_variants
+from megapoly_kernels.attention_tiles import variants as attention_variants
 from megapoly_kernels.dropout import variants as dropout_variants
 from megapoly_kernels.launch import ARCHITECTURES, Variant
 from megapoly_kernels.norm import variants as norm_variants
@@ -30,6 +31,7 @@ MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
     "adamw": adamw_variants,
     "dropout": dropout_variants,
     "rotary": rotary_variants,
+    "attention_tiles": attention_variants,
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have
 
