@@ -18,10 +18,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from megapoly_kernels import activation
+from megapoly_kernels.cross_entropy import variants as cross_entropy
 from megapoly_kernels.launch import ARCHITECTURES, Variant
+from megapoly_kernels.linear_cross_entropy import variants as linear_cross_entropy
 
 MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
     "activation": activation.variants,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have
 
