@@ -217,8 +217,12 @@ def write_gradient(
     top, scale = stats[0].unsqueeze(1), (gradient / stats[2]).unsqueeze(1)
     for part in _blocks(logits):
         if count:
-            dx = torch.sub(logits[part, :count].to(stats.dtype), top[part]).exp_().mul_(scale[part])
-            out[part, :count] = dx.scatter_add_(1, local[part], -hit[part])
+            target = out[part, :count]
+            dx = target if target.dtype == stats.dtype else torch.empty_like(target, dtype=stats.dtype)
+            torch.sub(logits[part, :count].to(stats.dtype), top[part], out=dx)
+            dx.exp_().mul_(scale[part]).scatter_add_(1, local[part], -hit[part])
+            if dx is not target:
+                target.copy_(dx)
     out[:, count:] = 0.0
     out.index_fill_(0, (labels < 0).nonzero().squeeze(1), 0.0)
 

@@ -234,19 +234,19 @@ def _own(weight: Tensor, given: Tensor | None, needed: bool) -> Tensor | None:
     return torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
 
 
-def _some(like: Tensor, *found: Tensor | None) -> list[Tensor]:
+def _some(like: Tensor, dx: Tensor | None, dweight: Tensor | None) -> tuple[Tensor, Tensor]:
     """An operator gives tensors: empty ones stand for None."""
-    return [like.new_empty(0) if each is None else each for each in found]
+    return like.new_empty(0) if dx is None else dx, like.new_empty(0) if dweight is None else dweight
 
 
 def _fused(
     x: Tensor, weight: Tensor, labels: Tensor, token_gradient: Tensor, start: int, count: int,
     buffer: Tensor | None, needs_dx: bool, needs_dweight: bool, group: dist.ProcessGroup | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     own = _own(weight, buffer, needs_dweight)
     where = (start, count)
     losses, dx = linear_cross_entropy_with_gradients(x, weight, labels, token_gradient, where, own, needs_dx, group)
-    return [losses, *_some(x, dx, None if buffer is not None or own is None else own.to(weight.dtype))]
+    return losses, *_some(x, dx, None if buffer is not None or own is None else own.to(weight.dtype))
 
 
 @custom_op("megapoly::linear_cross_entropy", mutates_args=())
@@ -258,7 +258,7 @@ def _forward_op(x: Tensor, weight: Tensor, labels: Tensor, start: int, count: in
 def _backward_op(
     gradient: Tensor, x: Tensor, weight: Tensor, labels: Tensor, stats: Tensor, start: int, count: int,
     buffer: Tensor | None, needs_dx: bool, needs_dweight: bool,
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     own = _own(weight, buffer, needs_dweight)
     dx = linear_cross_entropy_backward(gradient, x, weight, labels, stats, (start, count), own, needs_dx)
     return _some(x, dx, None if buffer is not None or own is None else own.to(weight.dtype))
@@ -268,7 +268,7 @@ def _backward_op(
 def _fused_op(
     x: Tensor, weight: Tensor, labels: Tensor, token_gradient: Tensor, start: int, count: int,
     buffer: Tensor | None, needs_dx: bool, needs_dweight: bool,
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _fused(x, weight, labels, token_gradient, start, count, buffer, needs_dx, needs_dweight)
 
 
@@ -319,7 +319,7 @@ def _(x: Tensor, weight: Tensor, labels: Tensor, start: int, count: int) -> tupl
 def _(
     gradient: Tensor, x: Tensor, weight: Tensor, labels: Tensor, stats: Tensor, start: int, count: int,
     buffer: Tensor | None, needs_dx: bool, needs_dweight: bool,
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     own = weight.new_empty(weight.shape) if needs_dweight and buffer is None else None
     return _some(x, x.new_empty(x.shape) if needs_dx else None, own)
 
@@ -328,10 +328,10 @@ def _(
 def _(
     x: Tensor, weight: Tensor, labels: Tensor, token_gradient: Tensor, start: int, count: int,
     buffer: Tensor | None, needs_dx: bool, needs_dweight: bool,
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     own = weight.new_empty(weight.shape) if needs_dweight and buffer is None else None
     losses = x.new_empty(labels.shape, dtype=_wide(x))
-    return [losses, *_some(x, x.new_empty(x.shape) if needs_dx else None, own)]
+    return losses, *_some(x, x.new_empty(x.shape) if needs_dx else None, own)
 
 
 @_rescale_op.register_fake

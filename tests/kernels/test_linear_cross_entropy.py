@@ -73,6 +73,7 @@ def test_kernels(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 def test_the_reference_path(dtype: torch.dtype, known: bool) -> None:
     """What a CPU runs is chunked too; against all logits by the same rule."""
     x, weight, labels = inputs(11, 16, 997, dtype)
+    x /= 4  # logits of about 1: bf16 rounds larger ones by more than the rule's RMSE, in PyTorch's own loss too
     wide = torch.promote_types(dtype, torch.float32)
     options = {"token_gradient": upstream(torch.empty(labels.shape, dtype=wide, device=DEVICE))} if known else {}
     found = gradients(of(linear_cross_entropy, labels, **options), [x, weight])
@@ -189,7 +190,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
         assert torch.equal(torch.autograd.grad(losses, leaf, upstream(losses))[0], dweight)
         with torch.no_grad():
             buffer = torch.zeros_like(weight)
-            losses = linear_cross_entropy(leaf, weight, labels, weight_gradient=buffer, **options)
+            losses = linear_cross_entropy(x, leaf, labels, weight_gradient=buffer, **options)
         assert not losses.requires_grad
         assert not buffer.any()
 
@@ -198,6 +199,7 @@ def test_gradcheck() -> None:
     x, weight, labels = inputs(4, 3, 6)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     assert torch.autograd.gradcheck(of(linear_cross_entropy, labels), leaves)
+    labels = torch.where(labels < 0, labels, 2 + labels % 4)
     assert torch.autograd.gradcheck(of(linear_cross_entropy, labels, start=2, count=4), leaves)
 
 
