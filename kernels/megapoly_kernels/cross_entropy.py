@@ -145,11 +145,18 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(first, first + rows) for first in range(0, logits.shape[0], rows))
 
 
-def row_statistics(logits: Tensor, labels: Tensor, start: int, count: int) -> Tensor:
+def may_exponentiate(logits: Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether the reference can put exponentials in the place of logits, so that they are computed once."""
+    return group is None and not runs_triton(logits) and logits.dtype == _wide(logits)
+
+
+def row_statistics(logits: Tensor, labels: Tensor, start: int, count: int, exponentiate: bool = False) -> Tensor:
     """Of this rank's entries: largest logit, target (or -inf) and sum of exp(x - largest), [3, rows].
 
     Args:
         logits: [rows, V], the last dimension contiguous. ``labels`` [rows].
+        exponentiate: leave exp(x - largest) in the place of the logits, for :func:`write_gradient`; only where
+            :func:`may_exponentiate`.
     """
     rows = logits.shape[0]
     stats = logits.new_empty(3, rows, dtype=_wide(logits))
@@ -166,13 +173,14 @@ def row_statistics(logits: Tensor, labels: Tensor, start: int, count: int) -> Te
     if not count:
         stats[:2], stats[2] = -torch.inf, 0.0
         return stats
+    target = logits.gather(1, (local * inside).unsqueeze(1)).squeeze(1)
+    stats[1] = torch.where(inside, target.to(stats.dtype), -torch.inf)
     for part in _blocks(logits):
         x = logits[part, :count].to(stats.dtype)
         top = torch.amax(x, -1, out=stats[0, part])
         shift = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)
-        torch.sum(torch.sub(x, shift).exp_(), -1, out=stats[2, part])
-    target = logits.gather(1, (local * inside).unsqueeze(1)).squeeze(1)
-    stats[1] = torch.where(inside, target.to(stats.dtype), -torch.inf)
+        shifted = x.sub_(shift) if exponentiate else x - shift
+        torch.sum(shifted.exp_(), -1, out=stats[2, part])
     return stats
 
 
@@ -188,14 +196,16 @@ def losses_of(stats: Tensor, labels: Tensor, group: dist.ProcessGroup | None = N
 
 
 def write_gradient(
-    out: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, gradient: Tensor, start: int, count: int
-) -> None:
+    out: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, gradient: Tensor, start: int, count: int,
+    exponentials: bool = False,
+) -> None:  # fmt: skip
     """Write the gradient of this rank's logits [rows, V], 0 for padding, to ``out``.
 
     Args:
         out: [rows, V]; the logits themselves, other memory, or, for Triton, the same memory in a narrower dtype, every
             row from where the logits' begins.
         stats: of the whole vocabulary. ``gradient`` [rows] of the losses.
+        exponentials: ``logits`` are what :func:`row_statistics` left in their place.
     """
     rows, columns = logits.shape
     gradient, stats = gradient.to(stats.dtype), stats.contiguous()
@@ -219,8 +229,11 @@ def write_gradient(
         if count:
             target = out[part, :count]
             dx = target if target.dtype == stats.dtype else torch.empty_like(target, dtype=stats.dtype)
-            torch.sub(logits[part, :count].to(stats.dtype), top[part], out=dx)
-            dx.exp_().mul_(scale[part]).scatter_add_(1, local[part], -hit[part])
+            if exponentials:
+                torch.mul(logits[part, :count], scale[part], out=dx)
+            else:
+                torch.sub(logits[part, :count].to(stats.dtype), top[part], out=dx).exp_().mul_(scale[part])
+            dx.scatter_add_(1, local[part], -hit[part])
             if dx is not target:
                 target.copy_(dx)
     out[:, count:] = 0.0
@@ -233,21 +246,22 @@ def _matrix(logits: Tensor) -> Tensor:
 
 
 def cross_entropy_forward(
-    logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None, start: int, count: int
+    logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None, start: int, count: int, exponentiate: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Losses [...], and statistics of the whole vocabulary for :func:`cross_entropy_backward`; without a gradient."""
     rows = labels.reshape(-1)
-    stats = row_statistics(_matrix(logits), rows, start, count)
+    stats = row_statistics(_matrix(logits), rows, start, count, exponentiate)
     return losses_of(stats, rows, group).view(labels.shape), stats
 
 
 def cross_entropy_backward(
-    gradient: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, start: int, count: int, inplace: bool = False
-) -> Tensor:
+    gradient: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, start: int, count: int, inplace: bool = False,
+    exponentials: bool = False,
+) -> Tensor:  # fmt: skip
     """Gradient of the logits for that of the losses [...]; over the logits, where ``inplace`` and they are rows."""
     matrix = _matrix(logits)
     out = matrix if inplace else torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    write_gradient(out, matrix, labels.reshape(-1), stats, gradient.reshape(-1), start, count)
+    write_gradient(out, matrix, labels.reshape(-1), stats, gradient.reshape(-1), start, count, exponentials)
     return out.view(logits.shape)
 
 
@@ -278,10 +292,14 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None, start: int, count: int, inplace: bool
     ) -> Tensor:
         ctx.start, ctx.count, ctx.inplace = start, count, inplace
-        if group is None:
+        # Not where the rows would be copied: the logits themselves would stay as they are.
+        ctx.exponentials = (
+            inplace and may_exponentiate(logits, group) and _matrix(logits).data_ptr() == logits.data_ptr()
+        )
+        if group is None and not ctx.exponentials:
             losses, stats = _forward(logits, labels, start, count)
         else:
-            losses, stats = cross_entropy_forward(logits, labels, group, start, count)
+            losses, stats = cross_entropy_forward(logits, labels, group, start, count, ctx.exponentials)
         ctx.save_for_backward(logits, labels, stats)
         return losses
 
@@ -291,7 +309,8 @@ class _CrossEntropy(torch.autograd.Function):
         logits, labels, stats = ctx.saved_tensors
         if ctx.inplace:
             alias = logits.data  # with a version of its own, since autograd would take dx for an outdated view
-            dx = cross_entropy_backward(gradients[0], alias, labels, stats, ctx.start, ctx.count, True)
+            arguments = (gradients[0], alias, labels, stats, ctx.start, ctx.count)
+            dx = cross_entropy_backward(*arguments, True, ctx.exponentials)
             torch.autograd.graph.increment_version(logits)  # so that a second backward pass is refused
         else:
             dx = _backward(gradients[0], logits, labels, stats, ctx.start, ctx.count)
@@ -336,8 +355,8 @@ def cross_entropy(
             ``torch.compile`` breaks its graph here.
         start: first entry of this rank in the whole vocabulary.
         count: entries of this rank that are not padding; all where None.
-        inplace: let the backward pass write the gradient over the logits, which nothing else may need then, where rows
-            are contiguous. Under ``torch.compile`` that is the compiler's to decide.
+        inplace: overwrite the logits, which nothing else may need then: the backward pass by their gradient, on a CPU
+            the forward pass too, by exponentials. Under ``torch.compile`` that is the compiler's to decide.
 
     Raises:
         ValueError: labels of another shape or dtype, or a start or count that cannot be.
@@ -345,7 +364,7 @@ def cross_entropy(
     count = check_labels("cross_entropy", logits.shape[:-1], labels, start, count, logits.shape[-1])
     if group is not None:
         return _split(logits, labels, group, start, count, inplace)
-    inplace = inplace and not torch.compiler.is_compiling()
+    inplace = inplace and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return _CrossEntropy.apply(logits, labels, None, start, count, inplace)
 
 

@@ -33,6 +33,7 @@ from megapoly_kernels.cross_entropy import (
     check_labels,
     cross_entropy_reference,
     losses_of,
+    may_exponentiate,
     row_statistics,
     write_gradient,
 )
@@ -113,6 +114,7 @@ class _Chunks:
     def __init__(self, x: Tensor, weight: Tensor, labels: Tensor, start: int, count: int) -> None:
         self.x, self.weight, self.labels, self.start, self.count = x, weight, labels, start, count
         self.rows = chunk_rows(x, weight.shape[0])
+        self.exponentials = False
         stride = cdiv(weight.shape[0], _ALIGN) * _ALIGN
         self.buffer = x.new_empty(min(self.rows, x.shape[0]), stride, dtype=_kept(x))
 
@@ -124,8 +126,10 @@ class _Chunks:
             _multiply(logits, self.x[part], self.weight.t())
             yield part, logits
 
-    def statistics(self, part: slice, logits: Tensor) -> Tensor:
-        return row_statistics(logits, self.labels[part], self.start, self.count)
+    def statistics(self, part: slice, logits: Tensor, exponentiate: bool = False) -> Tensor:
+        """Of the chunk; ``exponentiate`` where :meth:`back` is called next."""
+        self.exponentials = exponentiate
+        return row_statistics(logits, self.labels[part], self.start, self.count, exponentiate)
 
     def back(
         self, part: slice, logits: Tensor, stats: Tensor, gradient: Tensor, dx: Tensor | None, dweight: Tensor | None
@@ -134,7 +138,8 @@ class _Chunks:
         out = logits
         if logits.dtype != self.x.dtype:
             out = self.buffer.view(self.x.dtype)[: logits.shape[0], : logits.shape[1]]
-        write_gradient(out, logits, self.labels[part], stats, gradient, self.start, self.count)
+        labels = self.labels[part]
+        write_gradient(out, logits, labels, stats, gradient, self.start, self.count, self.exponentials)
         if dx is not None:
             if out.is_cuda and dx.dtype != _wide(dx):  # a narrow product over the vocabulary may be summed in parts
                 dx[part] = torch.mm(out, self.weight, out_dtype=torch.float32)
@@ -221,7 +226,7 @@ def linear_cross_entropy_with_gradients(
     losses = x.new_empty(x.shape[0], dtype=_wide(x))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
     for part, logits in chunks:
-        stats = chunks.statistics(part, logits)
+        stats = chunks.statistics(part, logits, may_exponentiate(logits, group))
         losses[part] = losses_of(stats, labels[part], group)
         chunks.back(part, logits, stats, token_gradient[part], dx, dweight)
     return losses, dx
