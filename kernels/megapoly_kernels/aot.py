@@ -17,21 +17,25 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from megapoly_kernels.activation import variants as activation_variants
-from megapoly_kernels.adamw import variants as adamw_variants
-from megapoly_kernels.attention_tiles import variants as attention_variants
-from megapoly_kernels.dropout import variants as dropout_variants
+from megapoly_kernels.activation import variants as activation
+from megapoly_kernels.adamw import variants as adamw
+from megapoly_kernels.attention_tiles import variants as attention_tiles
+from megapoly_kernels.cross_entropy import variants as cross_entropy
+from megapoly_kernels.dropout import variants as dropout
 from megapoly_kernels.launch import ARCHITECTURES, Variant
-from megapoly_kernels.norm import variants as norm_variants
-from megapoly_kernels.rotary import variants as rotary_variants
+from megapoly_kernels.linear_cross_entropy import variants as linear_cross_entropy
+from megapoly_kernels.norm import variants as norm
+from megapoly_kernels.rotary import variants as rotary
 
 MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
-    "activation": activation_variants,
-    "norm": norm_variants,
-    "adamw": adamw_variants,
-    "dropout": dropout_variants,
-    "rotary": rotary_variants,
-    "attention_tiles": attention_variants,
+    "activation": activation,
+    "adamw": adamw,
+    "attention_tiles": attention_tiles,
+    "cross_entropy": cross_entropy,
+    "dropout": dropout,
+    "linear_cross_entropy": linear_cross_entropy,
+    "norm": norm,
+    "rotary": rotary,
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have
 
