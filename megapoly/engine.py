@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megapoly import comm
 from megapoly.config import Config
 from megapoly.context import ParallelContext
-from megapoly.data.samples import Batch, document_numbers
+from megapoly.data.samples import Batch
 from megapoly.errors import TrainingError, everywhere
 from megapoly.layers.call import Call, Deferred, Place
 from megapoly.models.cost import placement, stage_layers
@@ -105,11 +105,10 @@ class Engine:
 
         positions = by_sequence(batch.positions)
         assert positions is not None
-        ends = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True)
         drops = model.dropout > 0 or model.attention_dropout > 0
         return Call(
             positions,
-            documents_BS=None if ends is None else document_numbers(ends, *batch.positions.shape),
+            cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True),
             tokens_SB=by_sequence(batch.tokens) if any(stage.first for stage in self.stages.values()) else None,
             labels_SB=by_sequence(batch.labels) if any(stage.last for stage in self.stages.values()) else None,
             samples_B=batch.samples.to(device) if drops else None,

@@ -19,6 +19,7 @@ from megapoly.layers.call import Call, Place, accumulation_dtype
 from megapoly.layers.dropout import Dropout
 from megapoly.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megapoly.layers.rotary import rotate
+from megapoly_kernels.attention import attention
 
 
 class Attention(nn.Module):
@@ -64,13 +65,14 @@ class Attention(nn.Module):
             out_BASD = self._explicit(query_BASD, key_BGTD, value_BGTD, call)
         elif s == 1 and self.queries > 1:
             out_BASD = self._single(query_BASD, key_BGTD, value_BGTD, call.scores_BASS)
+        elif call.scores_BASS is None and call.mask_BSS is None:
+            out_BASD = attention(query_BASD, key_BGTD, value_BGTD, cu_seqlens=call.cu_seqlens, slopes=call.slopes_A)
         else:
             mask = call.scores_BASS
             if mask is None and call.mask_BSS is not None:
                 mask = call.mask_BSS.unsqueeze(1)
-            causal = mask is None and s > 1  # one token sees all keys
             out_BASD = scaled_dot_product_attention(
-                query_BASD, key_BGTD, value_BGTD, attn_mask=mask, is_causal=causal, enable_gqa=self.queries > 1
+                query_BASD, key_BGTD, value_BGTD, attn_mask=mask, enable_gqa=self.queries > 1
             )
         return out_BASD.permute(2, 0, 1, 3).reshape(s, b, -1)
 

@@ -67,8 +67,9 @@ class Call:
         scores_BASS: what is added to the scores of this rank's A heads, -inf where a query does not see a key; takes
             the place of the mask. B and A may be 1; with a cache the last dimension is of all tokens so far.
         rotary: cosines and sines of the positions, see :meth:`megapoly.layers.rotary.Rotary.table`.
-        documents_BS: document of each token in its window, where attention keeps to documents: a stage makes the mask
-            of them, which then is not there before its time.
+        cu_seqlens: where documents end, int32, counted over the micro-batch sample by sample, where attention keeps to
+            them. Where no kernel does, a stage makes the mask of them, which then is not there before its time.
+        slopes_A: of ALiBi, of this rank's A heads, where a kernel adds what takes the place of ``scores_BASS``.
         tokens_SB: on the first stage.
         labels_SB: on the last stage, -1 where a token is not counted; None asks for logits.
         samples_B: sample numbers, on which dropout depends; None switches dropout off.
@@ -81,7 +82,8 @@ class Call:
     mask_BSS: Tensor | None = None
     scores_BASS: Tensor | None = None
     rotary: Tensor | None = None
-    documents_BS: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    slopes_A: Tensor | None = None
     tokens_SB: Tensor | None = None
     labels_SB: Tensor | None = None
     samples_B: Tensor | None = None

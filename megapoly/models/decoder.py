@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megapoly import rng
 from megapoly.config import Layout, Model
+from megapoly.data.samples import document_numbers
 from megapoly.layers.alibi import Alibi
 from megapoly.layers.attention import Attention, document_mask
 from megapoly.layers.cache import KeyValueCache
@@ -28,6 +29,7 @@ from megapoly.layers.linear import column_linear
 from megapoly.layers.loss import cross_entropy
 from megapoly.layers.norm import make_norm
 from megapoly.layers.rotary import Rotary
+from megapoly_kernels.launch import runs_triton
 
 
 class DecoderLayer(nn.Module):
@@ -94,6 +96,8 @@ class DecoderStage(nn.Module):
         if last and not model.tied:
             self.output = _vocabulary_embedding("output", model, None, place)
         self.rotary = Rotary(model, place.device) if model.position == "rope" else None
+        # Dropout on probabilities, or a narrow softmax, has all of them in memory, and needs the mask.
+        self.fused = model.attention_dropout == 0 and model.fp32_softmax
         self.alibi = Alibi(model.heads, place.tp, place.dtype, place.device) if model.position == "alibi" else None
         begin, end = layers or (0, model.layers)
         recompute = "none" if layout is None else layout.recompute
@@ -152,10 +156,14 @@ class DecoderStage(nn.Module):
             return call
         if call.cache is not None:
             return self._with_cache(call, call.cache)
-        mask_BSS = call.mask_BSS if call.documents_BS is None else document_mask(call.documents_BS)
+        rotary = None if self.rotary is None else self.rotary.table(call.positions_SB)
+        if self.fused and call.mask_BSS is None and runs_triton(call.positions_SB):
+            return replace(call, slopes_A=None if self.alibi is None else self.alibi.slopes_A, rotary=rotary)
+        mask_BSS = call.mask_BSS
+        if call.cu_seqlens is not None:
+            mask_BSS = document_mask(document_numbers(call.cu_seqlens, *call.positions_SB.t().shape))
         if self.alibi is not None:
             return replace(call, scores_BASS=self.alibi.scores(call.positions_SB.shape[0], mask_BSS))
-        rotary = None if self.rotary is None else self.rotary.table(call.positions_SB)
         return replace(call, mask_BSS=mask_BSS, rotary=rotary)
 
     def _with_cache(self, call: Call, cache: KeyValueCache) -> Call:

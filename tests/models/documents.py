@@ -14,8 +14,8 @@ def assert_each_document_alone(stage: DecoderStage, peer: Any, vocabulary: int) 
     """Four documents in a row give the logits that a model of transformers gives for each of them."""
     lengths = [1, 7, 2, 12]
     tokens = torch.randint(vocabulary, (1, sum(lengths)))
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    logits = stage(None, Call(positions.t(), documents_BS=documents, tokens_SB=tokens.t())).transpose(0, 1)
+    logits = stage(None, Call(positions.t(), cu_seqlens=ends, tokens_SB=tokens.t())).transpose(0, 1)
     for part, mine in zip(tokens.split(lengths, 1), logits.split(lengths, 1)):
         torch.testing.assert_close(mine, peer(part).logits, rtol=0, atol=1e-9)
