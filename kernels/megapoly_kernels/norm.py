@@ -200,7 +200,7 @@ def _backward(
     first = tl.program_id(0).to(tl.int64) * per_group
     last = tl.minimum(first + per_group, rows)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
-        row = start + tl.arange(0, ROWS)
+        row = start + tl.arange(0, ROWS).to(tl.int64)  # the interpreter has no width for start
         mask = (row < last)[:, None] & inside[None, :]
         n = tl.load(h_ptr + row[:, None] * h_stride + at[None, :], mask=mask, other=0.0).to(wide)
         dy = tl.load(dy_ptr + row[:, None] * dy_stride + at[None, :], mask=mask, other=0.0).to(wide)
@@ -284,7 +284,7 @@ def _weight_long(
     first = tl.program_id(0).to(tl.int64) * per_group
     last = tl.minimum(first + per_group, rows)
     for start in range(first, last, ROWS):
-        row = start + tl.arange(0, ROWS)
+        row = start + tl.arange(0, ROWS).to(tl.int64)  # the interpreter has no width for start
         mask = (row < last)[:, None] & inside[None, :]
         n = tl.load(h_ptr + row[:, None] * h_stride + at[None, :], mask=mask, other=0.0).to(wide)
         dy = tl.load(dy_ptr + row[:, None] * dy_stride + at[None, :], mask=mask, other=0.0).to(wide)
