@@ -141,8 +141,8 @@ def _visit_keys(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if ALIBI:
             s = s * scale - slope * _distance(at[:, None], keys[None, :], CAUSAL)
-        if MASKED:  # Where a whole row is masked, later tiles wipe out what comes of the finite number.
-            s = tl.where((keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None]), s, -1e30)
+        if MASKED:  # ``most`` begins finite, so that a row of a tile may be masked as a whole.
+            s = tl.where((keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None]), s, float("-inf"))
         if ALIBI:
             now = tl.maximum(most, tl.max(s, 1))
             p = tl.exp2(s - now[:, None])
