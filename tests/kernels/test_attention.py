@@ -49,12 +49,12 @@ def compare(given: list[Tensor], **options: Any) -> None:
     check(lambda *x: attention_with_lse(*x, **options), lambda *x: attention_reference(*x, **options), given)
 
 
-M, N = (attention_tiles.LAUNCH_FORWARD[90, 4, 64].constants[name] for name in ("BLOCK_M", "BLOCK_N"))  # 64, 32
+M = attention_tiles.LAUNCH_FORWARD[90, 4, 64].constants["BLOCK_M"]  # 32, as of all tiles of fp32 up to 64
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("s", [2, N - 1, N + 1, M, M + 1, 2 * M + 3])
+@pytest.mark.parametrize("s", [2, M - 1, M, M + 1, 2 * M + 3])
 def test_lengths(s: int, dtype: torch.dtype) -> None:
     compare(inputs(1, 1, 1, s, 16, dtype=dtype))
 
@@ -93,11 +93,11 @@ def test_head_dimensions(d: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
 def test_options(documents: bool, alibi: bool, causal: bool) -> None:
     options = {
-        "cu_seqlens": ends(0, 1, 30, 39, 0, 0, 35, 35, 0) if documents else None,
+        "cu_seqlens": ends(0, 1, 15, 25, 0, 0, 20, 21, 0) if documents else None,
         "slopes": slopes(2) if alibi else None,
         "causal": causal,
     }
-    compare(inputs(2, 1, 2, 70, 16), **options)
+    compare(inputs(2, 1, 2, 41, 16), **options)
 
 
 @needs_triton
@@ -111,7 +111,7 @@ def test_documents(lengths: tuple[int, ...]) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("s", "t"), [(1, 70), (5, 33), (64, 65), (33, 131)])
+@pytest.mark.parametrize(("s", "t"), [(1, 70), (5, 33), (33, 67)])
 def test_other_numbers_of_keys_than_queries(s: int, t: int) -> None:
     compare(inputs(1, 1, 1, s, 16, t=t))
     compare(inputs(1, 1, 2, s, 16, t=t), slopes=slopes(2), scale=0.3)
