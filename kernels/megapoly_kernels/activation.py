@@ -90,7 +90,7 @@ def _gelu_backward(
     last = tl.minimum(first + per_group, rows)
     total = tl.zeros([ROWS, BLOCK], sums_ptr.dtype.element_ty)
     for start in range(first, last, ROWS):
-        row = start + tl.arange(0, ROWS)
+        row = start + tl.arange(0, ROWS).to(tl.int64)
         place = row[:, None] * columns + at[None, :]
         mask = (row < last)[:, None] & inside[None, :]
         u = widen(tl.load(x_ptr + place, mask=mask, other=0.0))

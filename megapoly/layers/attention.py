@@ -57,16 +57,20 @@ class Attention(nn.Module):
         s, b, _ = qkv.shape
         parts = qkv.view(s, b, -1, self.queries + 2, self.head_dim).split([self.queries, 1, 1], dim=3)
         # A query head h uses the key of group h // Q, which is also torch's order.
-        query_BASD, key_BGTD, value_BGTD = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in parts)
+        key_BGTD, value_BGTD = (part.squeeze(3).permute(1, 2, 0, 3) for part in parts[1:])
         if call.cache is not None:
             key_BGTD, value_BGTD = call.cache.store(self.name, key_BGTD, value_BGTD)
         drops = self.dropout.rate > 0 and call.samples_B is not None
-        if drops or not (self.fp32_softmax or qkv.dtype == accumulation_dtype(qkv.dtype)):
+        explicit = drops or not (self.fp32_softmax or qkv.dtype == accumulation_dtype(qkv.dtype))
+        if not explicit and call.scores_BASS is None and call.mask_BSS is None:
+            query_BGQSD = parts[0].permute(1, 2, 3, 0, 4)  # a view, which kernels read as it is
+            out = attention(query_BGQSD, key_BGTD, value_BGTD, cu_seqlens=call.cu_seqlens, slopes=call.slopes_A)
+            return out.permute(3, 0, 1, 2, 4).reshape(s, b, -1)
+        query_BASD = parts[0].flatten(2, 3).permute(1, 2, 0, 3)
+        if explicit:
             out_BASD = self._explicit(query_BASD, key_BGTD, value_BGTD, call)
         elif s == 1 and self.queries > 1:
             out_BASD = self._single(query_BASD, key_BGTD, value_BGTD, call.scores_BASS)
-        elif call.scores_BASS is None and call.mask_BSS is None:
-            out_BASD = attention(query_BASD, key_BGTD, value_BGTD, cu_seqlens=call.cu_seqlens, slopes=call.slopes_A)
         else:
             mask = call.scores_BASS
             if mask is None and call.mask_BSS is not None:
