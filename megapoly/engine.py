@@ -132,7 +132,7 @@ class Engine:
         self.buffers.begin(len(batches))
         losses = self.pipeline.run(
             schedule.build(layout.schedule, context.pp.size, len(batches), layout.stages_per_rank),
-            [self.call(batch) for batch in batches],
+            [replace(self.call(batch), loss_gradient=scale / tokens) for batch in batches],
             scale / tokens,
         )
         self.buffers.finish()

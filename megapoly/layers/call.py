@@ -72,6 +72,7 @@ class Call:
         slopes_A: of ALiBi, of this rank's A heads, where a kernel adds what takes the place of ``scores_BASS``.
         tokens_SB: on the first stage.
         labels_SB: on the last stage, -1 where a token is not counted; None asks for logits.
+        loss_gradient: of every counted token's loss, in training, so that a loss in chunks has its gradients at once.
         samples_B: sample numbers, on which dropout depends; None switches dropout off.
         sequence_parallel: whether activations outside of attention and feed-forward are slices of the sequence.
         sink: where weight gradients go; None leaves them to autograd.
@@ -86,6 +87,7 @@ class Call:
     slopes_A: Tensor | None = None
     tokens_SB: Tensor | None = None
     labels_SB: Tensor | None = None
+    loss_gradient: float | None = None
     samples_B: Tensor | None = None
     sequence_parallel: bool = False
     sink: GradSink | None = None

@@ -11,6 +11,14 @@ import itertools
 from megapoly.config import Config, Layout, Model
 from megapoly.pipeline.generators import GENERATORS
 
+# Bytes of a micro-batch's logits and probabilities from which on no rank holds them: they are made in chunks.
+WHOLE_LOGITS = 256 << 20
+
+
+def in_chunks(tokens: int, vocabulary: int, itemsize: int) -> bool:
+    """Whether the loss of so many tokens, over a rank's part of the vocabulary, is computed in chunks of tokens."""
+    return tokens * vocabulary * (itemsize if itemsize >= 4 else itemsize + 4) > WHOLE_LOGITS
+
 
 def parameter_count(model: Model) -> int:
     """Logical parameters, position table included; a tied embedding counts once."""

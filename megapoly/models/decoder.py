@@ -26,9 +26,10 @@ from megapoly.layers.dropout import Dropout
 from megapoly.layers.embedding import PositionEmbedding, VocabularyEmbedding
 from megapoly.layers.feedforward import FeedForward
 from megapoly.layers.linear import column_linear
-from megapoly.layers.loss import cross_entropy
+from megapoly.layers.loss import cross_entropy, output_cross_entropy
 from megapoly.layers.norm import make_norm
 from megapoly.layers.rotary import Rotary
+from megapoly.models.cost import in_chunks
 from megapoly_kernels.launch import runs_triton
 
 
@@ -189,10 +190,16 @@ class DecoderStage(nn.Module):
         return self.dropout.hidden(x_sBH, call)
 
     def _losses(self, x_sBH: Tensor, call: Call) -> Tensor:
-        output, logits_SBV = self._output(), self.logits(x_sBH, call)
-        if call.labels_SB is None:
+        output, labels_SB = self._output(), call.labels_SB
+        if labels_SB is not None and in_chunks(labels_SB.numel(), len(output.weight), output.weight.itemsize):
+            _wait_for(output, call)
+            _wait_for(self.final_norm, call)
+            x_sBH = self.final_norm(x_sBH, call)
+            return output_cross_entropy(x_sBH, output.weight, output.start, output.count, self.tp, call)
+        logits_SBV = self.logits(x_sBH, call)
+        if labels_SB is None:
             return logits_SBV[..., : output.count]
-        return cross_entropy(logits_SBV, call.labels_SB, output.start, output.count, self.tp)
+        return cross_entropy(logits_SBV, labels_SB, output.start, output.count, self.tp)
 
     def _output(self) -> VocabularyEmbedding:
         output = self.embedding if self.output is None else self.output

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from megapoly.config import Config
+from megapoly.models.cost import in_chunks
 from megapoly.pipeline.actions import Kind
 
 Device = Literal["cpu", "cuda"]
@@ -21,6 +22,8 @@ PARAMETER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 # Of an element's random word: for every four Philox has 18 int64 at once (counters, words, products, new words).
 PHILOX_BYTES = 36
 PHILOX_WORDS = 1 << 16  # at a time on a CPU
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 640 << 20}  # of the logits of a chunk, see megapoly_kernels
+PRODUCT_BYTES = 64 << 20
 
 
 class Live(NamedTuple):
@@ -159,14 +162,26 @@ class Sizes:
         return self.slice_tokens * self.config.model.hidden if keeps else 0
 
     @cached_property
+    def chunked(self) -> bool:
+        """Whether the loss is computed in chunks of tokens."""
+        return in_chunks(self.tokens, self.local_vocabulary, self.parameter)
+
+    @cached_property
     def logits(self) -> int:
         """[S, B, vocabulary / tp] in the parameters' dtype."""
-        return self.tokens * self.local_vocabulary * self.parameter
+        return 0 if self.chunked else self.tokens * self.local_vocabulary * self.parameter
 
     @cached_property
     def probabilities(self) -> int:
         """The same in the dtype of the loss."""
-        return self.tokens * self.local_vocabulary * self.wide
+        return 0 if self.chunked else self.tokens * self.local_vocabulary * self.wide
+
+    @cached_property
+    def chunk(self) -> int:
+        """Of a loss in chunks: the logits of one, and the part of a product that is added to a wider sum."""
+        width = self.wide if self.device == "cuda" else self.parameter
+        most = min(CHUNK_BYTES[self.device], self.tokens * self.local_vocabulary * width)
+        return most + (PRODUCT_BYTES if self.parameter < self.wide else 0)
 
     @cached_property
     def labels(self) -> int:
@@ -291,7 +306,8 @@ def _forward(sizes: Sizes, kept: Live, layers: bool, last: bool) -> Iterator[Liv
         height = max(sizes.residual + sizes.hidden + sizes.gathered, sizes.random)
         yield Live(kept.activations, 0, height + sizes.mask)
     if last:
-        yield Live(kept.activations, sizes.probabilities + (sizes.logits if sizes.parameter < sizes.wide else 0))
+        narrow = sizes.logits if sizes.parameter < sizes.wide else 0
+        yield Live(kept.activations, sizes.probabilities + narrow, sizes.chunk if sizes.chunked else 0)
 
 
 def _backward(sizes: Sizes, modes: list[str], last: bool, *, split: bool) -> Iterator[Live]:
@@ -299,7 +315,10 @@ def _backward(sizes: Sizes, modes: list[str], last: bool, *, split: bool) -> Ite
     live = Live()
     sites = put_off_sites(sizes).values() if split else ()
     inputs, gradients = sum(x for x, _ in sites), sum(dy for _, dy in sites)
-    if last:
+    if last and sizes.chunked:
+        live = live.minus(Live(sizes.labels + sizes.norm)).plus(Live(sizes.hidden if split else 0))
+        yield live.plus(Live(0, 0, 2 * sizes.hidden + (sizes.chunk if split else 0)))
+    elif last:
         yield Live(0, sizes.logits if sizes.parameter < sizes.wide else 0)  # the gradient that leaves the loss
         live = live.minus(Live(sizes.labels, sizes.probabilities)).plus(Live(0, sizes.logits))
         d_input = Live(0, 0, 2 * (sizes.hidden + sizes.gathered))
@@ -342,6 +361,8 @@ def _product(sizes: Sizes, inputs: int, outputs: int) -> int:
 
 def _output_product(sizes: Sizes) -> Live:
     """The same of the output layer: on a CPU one factor is a copy of the logits' gradient."""
+    if sizes.chunked:
+        return Live(0, 0, sizes.chunk + sizes.gathered)
     product = _product(sizes, sizes.config.model.hidden, sizes.local_vocabulary)
     copy = sizes.probabilities if product and sizes.device == "cpu" and sizes.parameter < sizes.wide else 0
     return Live(0, copy, product - copy + sizes.gathered)

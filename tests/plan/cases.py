@@ -6,7 +6,15 @@ from typing import Any
 
 from megapoly.config import Config, parse
 
-_MODEL_KEYS = ("layers", "dropout", "attention_dropout", "key_value_heads", "fp32_residual", "fp32_softmax")
+_MODEL_KEYS = (
+    "layers",
+    "vocabulary",
+    "dropout",
+    "attention_dropout",
+    "key_value_heads",
+    "fp32_residual",
+    "fp32_softmax",
+)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -10,9 +10,10 @@ from megapoly.config import Config, load
 from megapoly.context import ParallelContext
 from megapoly.models.cost import parameter_count, stage_layers
 from megapoly.pipeline.schedule import build
-from megapoly.plan.activations import Live, StageMemory
+from megapoly.plan.activations import CHUNK_BYTES, PRODUCT_BYTES, Live, StageMemory
 from megapoly.plan.measure import measure
 from megapoly.plan.memory import COMPONENTS, Usage, predict, walk
+from megapoly_kernels.linear_cross_entropy import _LOGITS, _PRODUCT
 from tests.plan.cases import config
 from tests.ranks import run_cases
 
@@ -30,6 +31,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"family": "bloom", "micro_batch": 2},
         {"family": "bloom", "precision": "bf16", "recompute": "full", "documents": True, "micro_batch": 2},
         {"family": "bloom", "attention_dropout": 0.1, "dropout": 0.1},
+        {"vocabulary": 120_000, "micro_batch": 4},
     ],
     2: [
         {"pp": 2, "schedule": "1f1b", "dropout": 0.1},
@@ -44,6 +46,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"pp": 2, "family": "llama", "schedule": "zero-bubble"},
         {"pp": 2, "family": "bloom", "schedule": "interleaved"},
         {"tp": 2, "family": "llama", "precision": "bf16"},
+        {"pp": 2, "schedule": "zero-bubble", "vocabulary": 120_000, "micro_batch": 4, "stage_layers": [2, 2]},
     ],
     4: [
         {"pp": 2, "tp": 2, "schedule": "zero-bubble", "recompute": "selective", "dropout": 0.1},
@@ -69,6 +72,12 @@ def test_a_measured_step_is_as_predicted(size: int) -> None:
             for name in {*COMPONENTS, "total"} - {"workspace"}:
                 expected = getattr(predicted[at], name)
                 assert getattr(found, name) == pytest.approx(expected, rel=0.1), f"{case}, rank {at}: {name}"
+
+
+def test_chunks_are_those_of_the_kernels() -> None:
+    for device, most in CHUNK_BYTES.items():
+        assert _LOGITS[device] == most
+    assert _PRODUCT == PRODUCT_BYTES
 
 
 def polylm(name: str, ranks: int, *overrides: str) -> Config:
