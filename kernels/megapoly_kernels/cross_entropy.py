@@ -37,6 +37,7 @@ from megapoly_kernels.launch import (
     runs_triton,
     settings,
     tl,
+    uncompiled,
     widen,
 )
 
@@ -363,14 +364,9 @@ def cross_entropy(
     """
     count = check_labels("cross_entropy", logits.shape[:-1], labels, start, count, logits.shape[-1])
     if group is not None:
-        return _split(logits, labels, group, start, count, inplace)
+        return uncompiled(_CrossEntropy.apply)(logits, labels, group, start, count, inplace)
     inplace = inplace and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return _CrossEntropy.apply(logits, labels, None, start, count, inplace)
-
-
-@torch.compiler.disable
-def _split(*arguments: Any) -> Tensor:
-    return _CrossEntropy.apply(*arguments)
 
 
 def variants(arch: int) -> Iterator[Variant]:

@@ -115,6 +115,11 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which a compiler is not to trace. Its own mark would import all of the compiler, seconds long."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
     """For tests: have Triton's interpreter run the kernels on a CPU, in place of the references.

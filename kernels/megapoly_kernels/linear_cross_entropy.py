@@ -48,6 +48,7 @@ from megapoly_kernels.launch import (
     runs_triton,
     settings,
     tl,
+    uncompiled,
 )
 
 # By elements.
@@ -470,7 +471,7 @@ def linear_cross_entropy(
         given = known.expand(labels.shape).reshape(-1)
     arguments = (x.reshape(labels.numel(), x.shape[-1]), weight, labels.reshape(-1))
     with torch.autocast(kind, enabled=False):
-        call = _call if group is None else _split
+        call = _call if group is None else uncompiled(_call)
         losses = call(*arguments, given, weight_gradient, (start, count), group, group if reduce_dx else None)
     return losses.view(labels.shape)
 
@@ -482,9 +483,6 @@ def _call(
     if given is None:
         return _General.apply(x, weight, labels, buffer, *where, group, reduce)
     return _Known.apply(x, weight, labels, given, buffer, *where, group, reduce)
-
-
-_split = torch.compiler.disable(_call)
 
 
 def variants(arch: int) -> Iterator[Variant]:

@@ -21,6 +21,12 @@ def test_every_file_of_kernels_is_compiled() -> None:
     assert having == set(aot.MODULES)
 
 
+def test_the_import_leaves_the_compiler_alone() -> None:
+    """It takes as long as all of torch, and every rank would wait for it."""
+    code = "import sys, megapoly_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 @needs_triton
 @pytest.mark.parametrize("module", aot.MODULES)
 def test_compiles_without_spills(module: str, capsys: pytest.CaptureFixture[str]) -> None:
