@@ -184,7 +184,8 @@ def rows(bench: Bench, case: Case, machine: Limits) -> Iterator[Row]:
     for name, function in case.peers.items():
         try:
             function()
-        except (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError) as error:
+        # What foreign libraries raise for a case or a device that they do not have.
+        except (RuntimeError, ImportError, TypeError, ValueError) as error:
             del peers[name]
             notes[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     own, *theirs = seconds(bench, [case.run, *peers.values()])

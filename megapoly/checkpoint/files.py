@@ -106,7 +106,6 @@ class TensorFile:
         self._crc32 = crc32
         self._checked = bytearray(len(crc32))
         self._bytes: torch.Tensor | None = None
-        self._file: IO[bytes] | None = None
         self._header: dict[str, Any] = {}
         self._data = 0
 
@@ -156,7 +155,7 @@ class TensorFile:
 
     def release(self) -> None:
         """Give back the map, and with it the memory that its pages take."""
-        self._bytes = self._file = None
+        self._bytes = None
 
     def layout(self, tensors: Mapping[str, tuple[Index, torch.dtype]]) -> tuple[int, dict[str, tuple[int, int]]] | None:
         """Where the header ends, and the bytes of each tensor in the file, by the header as it stands, unchecked.
@@ -195,10 +194,9 @@ class TensorFile:
     def _map(self) -> torch.Tensor:
         if self._bytes is None:
             try:
-                self._file = open(self.path, "rb")  # noqa: SIM115 - for reading ahead; closed with the map
-                with warnings.catch_warnings():
+                with open(self.path, "rb") as file, warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns that the map is read-only, as it should be
-                    mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                     self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
             except OSError as error:
                 raise self._unreadable(error) from error
@@ -215,10 +213,9 @@ class TensorFile:
 
         By a thread: the call waits where the disk's queue is full.
         """
-        self._map()
         size = min(2 * _AHEAD * BLOCK, stop - start)
-        if self._file is not None and size > BLOCK and hasattr(os, "posix_fadvise"):  # not on macOS
-            _READ_AHEAD.submit(os.posix_fadvise, self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
+        if size > BLOCK and hasattr(os, "posix_fadvise"):  # not on macOS
+            _READ_AHEAD.submit(_will_need, self.path, start, size)
 
     def _check(self, start: int, stop: int, name: str, until: int = 0) -> None:
         """Check the blocks of bytes [start, stop); those up to ``until`` will be asked for next."""
@@ -235,6 +232,11 @@ class TensorFile:
                     f" {REMEDY}"
                 )
             self._checked[block] = 1
+
+
+def _will_need(path: Path, start: int, size: int) -> None:
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
 
 def _portions(part: Box, shape: Index, itemsize: int, dim: int = 0) -> Iterator[Box]:
