@@ -33,7 +33,7 @@ bench: build ## a training step and the data engine against peers, into benchmar
 	$(BIN)/megapoly bench data --save benchmarks/results
 
 # Two workers of one thread: half of the tests start processes and wait for them.
-test: build ## the tests, in under 15 minutes on 2 cores
+test: build ## the tests, some 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m "not long"
 
 test-long: build ## every test, with the whole of the large matrices

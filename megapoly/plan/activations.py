@@ -142,7 +142,7 @@ class Sizes:
     @cached_property
     def biases(self) -> int:
         """Of ALiBi: [heads / tp, S, S], of every sample where documents are separated."""
-        if self.config.model.position != "alibi":
+        if self.config.model.position != "alibi" or self.fused_attention:
             return 0
         samples = self.config.layout.micro_batch if self.config.data.separate_documents else 1
         length = self.config.train.sequence
@@ -191,12 +191,20 @@ class Sizes:
     @cached_property
     def mask(self) -> int:
         """Where documents are separated, who sees whom: [B, S, S], a byte each."""
-        return self.tokens * self.config.train.sequence if self.config.data.separate_documents else 0
+        needed = self.config.data.separate_documents and not self.fused_attention
+        return self.tokens * self.config.train.sequence if needed else 0
 
     @cached_property
     def kept_mask(self) -> int:
         """Of it what is kept: ALiBi's biases take its place."""
         return 0 if self.config.model.position == "alibi" else self.mask
+
+    @cached_property
+    def fused_attention(self) -> bool:
+        """Whether a kernel of ours finds documents and biases itself, and reads the heads where they are."""
+        model = self.config.model
+        narrow = self.config.train.precision != "fp64"
+        return self.device == "cuda" and narrow and model.attention_dropout == 0 and model.fp32_softmax
 
     @cached_property
     def explicit_attention(self) -> bool:
@@ -237,8 +245,10 @@ def attention_core(sizes: Sizes) -> int:
             narrow = sizes.parameter + 1  # the values' factor after dropout, and what was kept
         visible = 0 if model.position == "alibi" else sizes.mask or sizes.config.train.sequence**2
         return 3 * sizes.heads + sizes.scores * (sizes.softmax + narrow) + visible
-    grouped = sizes.heads if model.groups < model.heads else 0  # the queries of all groups side by side are a copy
     sums = sizes.tokens * model.heads // sizes.config.layout.tp * sizes.wide
+    if sizes.fused_attention:
+        return sums
+    grouped = sizes.heads if model.groups < model.heads else 0  # the queries of all groups side by side are a copy
     # CUDA's kernel for fp32 and for masks gives [B, S, ...], the others what they were given, here [S, B, ...].
     reordered = sizes.device == "cuda" and batch > 1 and (sizes.parameter > 2 or sizes.mask or sizes.biases)
     return grouped + sums + sizes.kept_mask * sizes.parameter + (sizes.heads if reordered else 0)

@@ -74,6 +74,18 @@ def test_a_measured_step_is_as_predicted(size: int) -> None:
                 assert getattr(found, name) == pytest.approx(expected, rel=0.1), f"{case}, rank {at}: {name}"
 
 
+@pytest.mark.parametrize("family", ["polylm", "bloom"])
+def test_a_gpu_has_no_masks_and_biases(family: str) -> None:
+    """The attention's kernel finds documents by their ends; with dropout on its probabilities it is not there."""
+
+    def activations(documents: bool, **more: Any) -> int:
+        settings = config(family=family, documents=documents, precision="bf16", **more).on(1)
+        return predict(settings, "cuda")[0].activations
+
+    assert activations(True) == activations(False)
+    assert activations(True, attention_dropout=0.1) > activations(False)
+
+
 def test_chunks_are_those_of_the_kernels() -> None:
     for device, most in CHUNK_BYTES.items():
         assert _LOGITS[device] == most
