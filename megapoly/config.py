@@ -15,10 +15,22 @@ import pydantic
 
 from megapoly.config_checks import check, check_batch
 from megapoly.config_file import apply_override, explain, read_toml, refuse_unknown
-from megapoly.config_schema import Data, Layout, Model, Optimizer, RopeScaling, Schema, Stability, Train
+from megapoly.config_schema import Data, Kernels, Layout, Model, Optimizer, RopeScaling, Schema, Stability, Train
 from megapoly.errors import ConfigError
 
-__all__ = ["Config", "Data", "Layout", "Model", "Optimizer", "RopeScaling", "Stability", "Train", "load", "parse"]
+__all__ = [
+    "Config",
+    "Data",
+    "Kernels",
+    "Layout",
+    "Model",
+    "Optimizer",
+    "RopeScaling",
+    "Stability",
+    "Train",
+    "load",
+    "parse",
+]
 
 _CURRICULUM = ("sources", "stages", "max_epochs", "over_epochs")
 

@@ -19,6 +19,7 @@ def check(config: Schema) -> None:
     for each in (
         _check_shares,
         _check_layout,
+        _check_kernels,
         _check_data,
         _check_schedule,
         check_batch,
@@ -161,6 +162,20 @@ def _check_layout(config: Schema) -> None:
             f"train.sequence {config.train.sequence} does not divide by layout.tp {layout.tp}, as sequence parallelism"
             f" needs; set train.sequence to {below or layout.tp}, or layout.sequence_parallel to false"
         )
+
+
+def _check_kernels(config: Schema) -> None:
+    model, chosen, precision = config.model, config.kernels.attention, config.train.precision
+    if chosen == "auto":
+        return
+    key = f"kernels.attention is {chosen!r}"
+    if model.attention_dropout > 0 or not (model.fp32_softmax or precision in ("fp32", "fp64")):
+        why = "model.attention_dropout is above 0" if model.attention_dropout > 0 else "model.fp32_softmax is false"
+        raise ConfigError(f"{key}, but {why}, which takes attention with all probabilities in memory; set it to 'auto'")
+    if chosen == "flash_attn" and precision not in ("bf16", "fp16"):
+        raise ConfigError(f"{key}, which is for bf16 and fp16, and train.precision is {precision!r}; set one of them")
+    if chosen == "triton" and precision == "fp64":
+        raise ConfigError(f"{key}, which is not for train.precision 'fp64'; set it to 'auto'")
 
 
 def _check_data(config: Schema) -> None:

@@ -181,6 +181,21 @@ class Stage(_Section):
     )
 
 
+class Kernels(_Section):
+    """What computes some ops on a GPU. ``auto`` is Triton there, and PyTorch on a CPU, where the others are refused.
+
+    The log of a run says what is used for every op.
+    """
+
+    attention: Literal["auto", "triton", "sdpa", "flash_attn"] = Field(
+        "auto", description="sdpa is PyTorch's own, flash_attn the package, for bf16 and fp16"
+    )
+    norm: Literal["auto", "triton", "cuda", "apex"] = Field(
+        "auto", description="cuda is csrc/cuda, apex the package's FusedLayerNorm and FusedRMSNorm"
+    )
+    optimizer: Literal["auto", "triton", "apex"] = Field("auto", description="apex is the package's FusedAdam")
+
+
 class Data(_Section):
     tokenizer: Path
     sources: dict[str, Source] = Field(min_length=1)
@@ -279,6 +294,7 @@ class Schema(_Section):
 
     model: Model
     layout: Layout = Layout()
+    kernels: Kernels = Kernels()
     data: Data
     train: Train
     optimizer: Optimizer

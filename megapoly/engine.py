@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megapoly import comm
+from megapoly.backends import detect
 from megapoly.config import Config
 from megapoly.context import ParallelContext
 from megapoly.data.samples import Batch
@@ -60,7 +61,7 @@ class StepResult:
 
 
 class Engine:
-    """The model, its gradients and its optimizer on one rank.
+    """The model, its gradients and its optimizer on one rank; ``backends`` says what computes every op.
 
     ``step`` and ``evaluate`` are collective: every rank of the context calls them with its own micro-batches.
     """
@@ -69,13 +70,14 @@ class Engine:
         self.config, self.context = config, context
         self.dtype = DTYPES[config.train.precision]
         layout, model = config.layout, config.model
+        self.backends = detect(config, context.device, self.dtype)
         self.stages = _stages(config, context, self.dtype)
         contributions: dict[nn.Parameter, int] = {}
         for stage in self.stages.values():
             for parameter, count in stage.contributions():
                 contributions[parameter] = contributions.get(parameter, 0) + count
         self.buffers = Buffers(contributions.items(), context, layout.bucket_mb, layout.shard_optimizer)
-        self.optimizer = AdamW(self.buffers, config.optimizer)
+        self.optimizer = AdamW(self.buffers, config.optimizer, config.kernels.optimizer)
         self.scaler = LossScaler() if config.train.precision == "fp16" else None
         self.pipeline = Pipeline(
             self.stages,
@@ -214,7 +216,7 @@ class Engine:
 def _stages(config: Config, context: ParallelContext, dtype: torch.dtype) -> dict[int, DecoderStage]:
     """This rank's stages by number. Of a tied weight a rank holds one copy."""
     layout, pp = config.layout, context.pp
-    place = Place(context.tp, dtype, context.device, layout.sequence_shards > 1, config.train.seed)
+    place = Place(context.tp, dtype, context.device, layout.sequence_shards > 1, config.train.seed, config.kernels)
     ranges = stage_layers(config)
     last = len(ranges) - 1
     rank_of = placement(layout)

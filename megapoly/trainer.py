@@ -58,6 +58,7 @@ def _announce(run: Run, recorder: Recorder) -> None:
             f"{parameter_count(config.model) / 1e6:.1f} M parameters, {run.context.mesh}, {config.microbatches} x"
             f" {layout.micro_batch} sequences, {layout.schedule}{_bubble(run)}, {config.train.precision}"
         )
+        recorder.note("kernels: " + ", ".join(f"{op} {what}" for op, what in run.engine.backends.items()))
         sizes, ramp_tokens = config.batches.sizes, config.batches.ramp_samples * sequence
         if counters.tokens < ramp_tokens:
             several = ", ".join(map(str, sizes[:-1])) if len(sizes) < 8 else f"{sizes[0]}, {sizes[1]}, ... {sizes[-2]}"

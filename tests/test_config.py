@@ -177,6 +177,23 @@ def test_a_mesh_needs_a_settled_layout():
 
 # Every check that joins keys: the changes, and what the message has to name.
 CROSS = {
+    "a back end beside dropout": (
+        {"kernels__attention": "sdpa", "model__attention_dropout": 0.1},
+        "kernels.attention is 'sdpa', but model.attention_dropout is above 0, which takes attention with all"
+        " probabilities in memory; set it to 'auto'",
+    ),
+    "a back end beside a narrow softmax": (
+        {"kernels__attention": "triton", "model__fp32_softmax": False, "train__precision": "bf16"},
+        "kernels.attention is 'triton', but model.fp32_softmax is false",
+    ),
+    "flash-attn by precision": (
+        {"kernels__attention": "flash_attn", "train__precision": "fp32"},
+        "kernels.attention is 'flash_attn', which is for bf16 and fp16, and train.precision is 'fp32'; set one of them",
+    ),
+    "Triton's attention in float64": (
+        {"kernels__attention": "triton", "train__precision": "fp64"},
+        "kernels.attention is 'triton', which is not for train.precision 'fp64'; set it to 'auto'",
+    ),
     "hidden by heads": (
         {"model__heads": 5},
         "model.hidden 24 does not divide by model.heads 5; choose heads from [1, 2, 3, 4, 6, 8, 12, 24]",
@@ -363,6 +380,8 @@ def test_values_at_the_edge_of_every_check_are_accepted():
         {"model__position": "rope", "model__rope_base": 5e5},
         {"model__position": "rope", "model__rope_scaling": {"kind": "linear", "factor": 2.0}},
         {"model__position": "alibi", "train__sequence": 64},
+        {"kernels__attention": "flash_attn", "train__precision": "fp16"},
+        {"kernels__attention": "triton", "model__fp32_softmax": False},
         {"layout__tp": 6, "layout__sequence_parallel": False},
         {"layout__pp": 4},
         {"layout__pp": 4, "layout__stage_layers": [0, 2, 2, 0]},

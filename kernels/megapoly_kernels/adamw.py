@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from megapoly_kernels import apex_ops
 from megapoly_kernels.launch import (
     Launch,
     Table,
@@ -29,6 +30,7 @@ from megapoly_kernels.launch import (
     architecture,
     cdiv,
     jit,
+    known_backend,
     on_device,
     runs_triton,
     settings,
@@ -40,6 +42,7 @@ LAUNCH: Table = {
     (80, 4, 1 << 62): Launch({"BLOCK": 1024}, warps=4),
     (80, 8, 1 << 62): Launch({"BLOCK": 512}, warps=4),
 }
+BACKENDS = ("auto", "triton", "apex")
 _CHUNK = 1 << 16  # elements on a CPU; the working set of a chunk stays in a core's cache
 
 
@@ -101,12 +104,40 @@ def _adamw(
         tl.store(values_ptr + at, weight.to(values_ptr.dtype.element_ty), mask=inside)
 
 
+def resolve(backend: str, weights: Tensor) -> str:
+    """What updates on the device and in the dtype of ``weights``: ``torch``, ``triton`` or ``apex``.
+
+    Raises:
+        ValueError: no such back end, or one that is not for this device or dtype.
+        ImportError: a back end that is not installed.
+    """
+    known_backend("adamw", backend, BACKENDS)
+    on_gpu = runs_triton(weights)
+    if backend == "auto":
+        return "triton" if on_gpu else "torch"
+    if not on_gpu or (backend == "apex" and weights.dtype == torch.float64):
+        expected = "GPUs and no float64" if backend == "apex" else "GPUs"
+        raise ValueError(
+            f"adamw: the back end {backend} is for {expected}, got {weights.dtype} on {weights.device}; choose auto"
+        )
+    if backend == "apex":
+        apex_ops.adam()
+    return backend
+
+
 def adamw_update(
     weights: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], values: Tensor | None,
     now: tuple[Tensor, Tensor, Tensor], beta1: float, beta2: float, epsilon: float, weight_decay: float,
+    backend: str = "auto",
 ) -> None:  # fmt: skip
     """The update, where ``now`` is (rate, scale, step), tensors [] on the device of the weights."""
-    if not runs_triton(weights):
+    kind = resolve(backend, weights)
+    if kind == "apex":
+        apex_ops.adamw(weights, gradient, moments, now, beta1, beta2, epsilon, weight_decay)
+        if values is not None:
+            values.copy_(weights)
+        return
+    if kind == "torch":
         rate, scale, step = (float(each) for each in now)
         adamw_reference(
             weights, gradient, moments, values, (rate, scale, step), beta1, beta2, epsilon, weight_decay
@@ -135,9 +166,10 @@ def _constants(beta1: float, beta2: float, epsilon: float, weight_decay: float) 
 def _adamw_op(
     weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, values: Tensor | None,
     rate: Tensor, scale: Tensor, step: Tensor, beta1: float, beta2: float, epsilon: float, weight_decay: float,
+    backend: str = "auto",
 ) -> None:  # fmt: skip
     adamw_update(
-        weights, gradient, (first, second), values, (rate, scale, step), beta1, beta2, epsilon, weight_decay
+        weights, gradient, (first, second), values, (rate, scale, step), beta1, beta2, epsilon, weight_decay, backend
     )  # fmt: skip
 
 
@@ -145,6 +177,7 @@ def _adamw_op(
 def _(
     weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, values: Tensor | None,
     rate: Tensor, scale: Tensor, step: Tensor, beta1: float, beta2: float, epsilon: float, weight_decay: float,
+    backend: str = "auto",
 ) -> None:  # fmt: skip
     return None
 
@@ -164,6 +197,7 @@ def adamw(
     beta2: float = 0.999,
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
+    backend: str = "auto",
 ) -> None:
     """One step of AdamW, in place, from ``scale * gradient``.
 
@@ -175,9 +209,11 @@ def adamw(
         rate, scale, step: numbers, or tensors [] on the device of the weights. A number is written to the GPU by a
             small kernel of its own: who updates many buffers makes the tensors once. ``step`` is 1 in the first.
         weight_decay: decoupled from the gradient; 0 for none.
+        backend: ``triton``, or ``apex``, the package. ``auto`` is Triton on a GPU and PyTorch elsewhere.
 
     Raises:
         ValueError: a shape, a dtype, a device, a buffer in pieces, or a number that is out of its range.
+        ImportError: a back end that is not installed.
     """
     if weights.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -200,7 +236,7 @@ def adamw(
             f"adamw: beta1 {beta1}, beta2 {beta2}, epsilon {epsilon}; expected betas in [0, 1) and epsilon of 0 or more"
         )
     now = [_scalar(name, value, weights) for name, value in (("rate", rate), ("scale", scale), ("step", step))]
-    _adamw_op(weights, gradient, first, second, values, *now, beta1, beta2, epsilon, weight_decay)
+    _adamw_op(weights, gradient, first, second, values, *now, beta1, beta2, epsilon, weight_decay, backend)
 
 
 def _scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:

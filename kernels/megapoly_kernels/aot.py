@@ -24,7 +24,7 @@ from megapoly_kernels.cross_entropy import variants as cross_entropy
 from megapoly_kernels.dropout import variants as dropout
 from megapoly_kernels.launch import ARCHITECTURES, Variant
 from megapoly_kernels.linear_cross_entropy import variants as linear_cross_entropy
-from megapoly_kernels.norm import variants as norm
+from megapoly_kernels.norm_triton import variants as norm
 from megapoly_kernels.rotary import variants as rotary
 
 MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {

@@ -26,7 +26,7 @@ from torch.library import custom_op
 from torch.nn.functional import scaled_dot_product_attention
 
 from megapoly_kernels import attention_tiles
-from megapoly_kernels.launch import runs_triton
+from megapoly_kernels.launch import known_backend, runs_triton
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn")
 
@@ -280,6 +280,26 @@ def _attention_autograd(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) ->
 _attention.register_autograd(_attention_autograd, setup_context=_keep)
 
 
+def resolve(backend: str, query: Tensor) -> str:
+    """What computes attention on the device and in the dtype of ``query``: ``triton``, ``sdpa`` or ``flash_attn``.
+
+    Raises:
+        ValueError: no such back end, or one that is not for this device or dtype.
+        ImportError: a back end that is not installed.
+    """
+    known_backend("attention", backend, BACKENDS)
+    if backend == "auto":
+        return "triton" if _by_kernels(query) else "sdpa"
+    if backend == "triton" and not _by_kernels(query):
+        raise ValueError(
+            f"attention: the back end triton is for GPUs and no float64, got {query.dtype} on {query.device}; "
+            "choose auto or sdpa"
+        )
+    if backend == "flash_attn":
+        _flash_attn()
+    return backend
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -311,19 +331,11 @@ def attention(
     query, key, value = _autocast(query, key, value)
     scale = _scale(scale, query)
     _check(query, key, value, cu_seqlens, slopes, scale, causal)
-    if backend not in BACKENDS:
-        raise ValueError(f"attention: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = "triton" if _by_kernels(query) else "sdpa"
+    backend = resolve(backend, query)
     if backend == "sdpa":
         return _sdpa(query, key, value, cu_seqlens, slopes, scale, causal)
     if backend == "flash_attn":
         return _flash(query, key, value, cu_seqlens, slopes, scale, causal)
-    if not _by_kernels(query):
-        raise ValueError(
-            f"attention: the back end triton is for GPUs and no float64, got {query.dtype} on {query.device}; "
-            "choose auto or sdpa"
-        )
     out: Tensor = _attention(query, key, value, cu_seqlens, slopes, scale, causal)[0]
     return out
 

@@ -5,7 +5,7 @@ Triton is there where a GPU is, as a rule. Without it a kernel stays an undecora
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -108,6 +108,16 @@ def runs_triton(x: Tensor) -> bool:
     if x.is_cuda and triton is None:
         raise RuntimeError("megapoly_kernels: tensors on a GPU need Triton, which is not installed: pip install triton")
     return x.is_cuda or _INTERPRETED.get()
+
+
+def known_backend(op: str, backend: str, known: Sequence[str]) -> None:
+    """Refuse the name of a back end that an op does not have.
+
+    Raises:
+        ValueError: it is not one of ``known``.
+    """
+    if backend not in known:
+        raise ValueError(f"{op}: backend is {backend!r}, expected one of {', '.join(known)}")
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

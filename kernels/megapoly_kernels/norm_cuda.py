@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+INSTALL = "pip install --no-build-isolation . in megapoly's folder, beside a PyTorch with CUDA and its nvcc"
+
 try:
     import megapoly_kernels._cuda as _cuda
 except ModuleNotFoundError:
@@ -16,7 +18,7 @@ except ModuleNotFoundError:
 except ImportError as error:
     raise ImportError(
         f"megapoly_kernels._cuda was built for another PyTorch than {torch.__version__} ({error}): delete it, or build "
-        "megapoly again with this one: pip install --no-build-isolation"
+        f"megapoly again with this one: {INSTALL}"
     ) from error
 
 # (architecture, bytes of an element of h, elements): from rows of so many elements on, CUDA is taken where it is built.

@@ -32,7 +32,7 @@ class Attention(nn.Module):
         super().__init__()
         self.name = name
         self.queries, self.head_dim, self.recompute = model.heads // model.groups, model.head_dim, recompute
-        self.fp32_softmax = model.fp32_softmax
+        self.fp32_softmax, self.backend = model.fp32_softmax, place.kernels.attention
         self.dropout = Dropout(f"{name}.probabilities", model.attention_dropout, place)
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv", model.hidden, (model.groups, self.queries + 2, self.head_dim),
@@ -64,7 +64,10 @@ class Attention(nn.Module):
         explicit = drops or not (self.fp32_softmax or qkv.dtype == accumulation_dtype(qkv.dtype))
         if not explicit and call.scores_BASS is None and call.mask_BSS is None:
             query_BGQSD = parts[0].permute(1, 2, 3, 0, 4)  # a view, which kernels read as it is
-            out = attention(query_BGQSD, key_BGTD, value_BGTD, cu_seqlens=call.cu_seqlens, slopes=call.slopes_A)
+            out = attention(
+                query_BGQSD, key_BGTD, value_BGTD,
+                cu_seqlens=call.cu_seqlens, slopes=call.slopes_A, backend=self.backend,
+            )  # fmt: skip
             return out.permute(3, 0, 1, 2, 4).reshape(s, b, -1)
         query_BASD = parts[0].flatten(2, 3).permute(1, 2, 0, 3)
         if explicit:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megapoly.config import Kernels
 from megapoly.context import ALONE, Axis
 from megapoly.layers.cache import KeyValueCache
 from megapoly.spec import Index, ParamSpec, shard
@@ -106,6 +107,7 @@ class Place:
         sequence_parallel: whether parameters that every tensor-parallel rank holds whole see a slice of the sequence
             only, so that their gradients are partial over tp.
         seed: of dropout.
+        kernels: what computes attention and norms.
     """
 
     tp: Axis = ALONE
@@ -113,6 +115,7 @@ class Place:
     device: torch.device = torch.device("cpu")
     sequence_parallel: bool = False
     seed: int = 0
+    kernels: Kernels = Kernels()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

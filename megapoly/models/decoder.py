@@ -97,8 +97,9 @@ class DecoderStage(nn.Module):
         if last and not model.tied:
             self.output = _vocabulary_embedding("output", model, None, place)
         self.rotary = Rotary(model, place.device) if model.position == "rope" else None
-        # Dropout on probabilities, or a narrow softmax, has all of them in memory, and needs the mask.
-        self.fused = model.attention_dropout == 0 and model.fp32_softmax
+        # Dropout on probabilities, or a narrow softmax, has all of them in memory; these and PyTorch need the mask.
+        wide = model.fp32_softmax or place.dtype == accumulation_dtype(place.dtype)
+        self.fused = model.attention_dropout == 0 and wide and place.kernels.attention != "sdpa"
         self.alibi = Alibi(model.heads, place.tp, place.dtype, place.device) if model.position == "alibi" else None
         begin, end = layers or (0, model.layers)
         recompute = "none" if layout is None else layout.recompute

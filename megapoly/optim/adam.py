@@ -17,8 +17,8 @@ class AdamW:
     and, with narrow parameters, ``master`` to flat tensors of its size.
     """
 
-    def __init__(self, buffers: Buffers, config: Optimizer) -> None:
-        self.buffers, self.config = buffers, config
+    def __init__(self, buffers: Buffers, config: Optimizer, backend: str = "auto") -> None:
+        self.buffers, self.config, self.backend = buffers, config, backend
         self.steps = 0
         self.states: list[dict[str, Tensor]] = []
         for bucket in buffers.buckets:
@@ -47,6 +47,7 @@ class AdamW:
                 values if master is None else master, bucket.gradients[bucket.mine], (state["first"], state["second"]),
                 None if master is None else values, now,
                 config.beta1, config.beta2, config.epsilon, config.weight_decay if bucket.plan.decay else 0.0,
+                self.backend,
             )  # fmt: skip
             self.buffers.gather(number)
 

@@ -202,9 +202,9 @@ class Sizes:
     @cached_property
     def fused_attention(self) -> bool:
         """Whether a kernel of ours finds documents and biases itself, and reads the heads where they are."""
-        model = self.config.model
         narrow = self.config.train.precision != "fp64"
-        return self.device == "cuda" and narrow and model.attention_dropout == 0 and model.fp32_softmax
+        ours = narrow and self.config.kernels.attention != "sdpa"
+        return self.device == "cuda" and ours and not self.explicit_attention
 
     @cached_property
     def explicit_attention(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +22,7 @@ from megapoly_kernels.attention import (
 )
 from megapoly_kernels.launch import triton
 from tests.kernels.rule import DEVICE, DTYPES, GPU, check, kernels, needs_triton
+from tests.kernels.stand_ins import Flash
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -299,41 +299,13 @@ def test_autocast() -> None:
     assert given[1].grad.dtype == torch.float32
 
 
-class Flash(types.ModuleType):
-    """Stands for flash-attn: its arguments, by the plain reference."""
-
-    def flash_attn_func(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        softmax_scale: float,
-        causal: bool,
-        deterministic: bool,
-        alibi_slopes: Tensor | None,
-    ) -> Tensor:
-        assert deterministic
-        given = [x.transpose(1, 2) for x in (q, k, v)]
-        return attention_reference(*given, slopes=alibi_slopes, scale=softmax_scale, causal=causal)[0].transpose(1, 2)
-
-    def flash_attn_varlen_func(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int, **options: Any
-    ) -> Tensor:
-        assert torch.equal(cu_q, cu_k)
-        parts = cu_q.diff().tolist()
-        assert max(parts) <= most_q == most_k
-        each = zip(*(x.split(parts) for x in (q, k, v)), strict=True)
-        return torch.cat([self.flash_attn_func(*(x.unsqueeze(0) for x in one), **options)[0] for one in each])
-
-
 def test_other_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(2, 2, 2, 9, 16)
     _flash_attn.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ImportError, match="pip install flash-attn"):
         attention(*given, backend="flash_attn")
-    monkeypatch.setitem(sys.modules, "flash_attn", Flash("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn", Flash())
     for cut in (None, ends(4, 5, 9)):
         for alibi in (None, slopes(4)):
             options: dict[str, Any] = {"cu_seqlens": cut, "slopes": alibi, "scale": 0.2}

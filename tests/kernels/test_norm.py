@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapoly_kernels import norm
+from megapoly_kernels import norm, norm_triton
 from megapoly_kernels.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 from tests.kernels.rule import DEVICE, DTYPES, GPU, check, gradients, kernels, needs_triton
 
@@ -181,7 +181,7 @@ def test_rows_beyond_2_to_the_31(columns: int) -> None:
 @needs_triton
 def test_rows_of_sums_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU with 7 programs at a time."""
-    monkeypatch.setattr(norm, "_groups", lambda x, rows, at_once, warps: (3, norm.cdiv(rows, 3)))
+    monkeypatch.setattr(norm_triton, "_groups", lambda x, rows, at_once, warps: (3, norm_triton.cdiv(rows, 3)))
     for columns in (33, 2049):
         x, (weight, bias) = normal(20, columns), parameters(columns)
         check(*LAYER, [x, weight, bias])
