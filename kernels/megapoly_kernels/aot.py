@@ -20,6 +20,8 @@ from pathlib import Path
 from megapoly_kernels.activation import variants as activation
 from megapoly_kernels.adamw import variants as adamw
 from megapoly_kernels.attention_tiles import variants as attention_tiles
+from megapoly_kernels.attention_tiles_backward import variants as attention_tiles_backward
+from megapoly_kernels.attention_tiles_forward import variants as attention_tiles_forward
 from megapoly_kernels.cross_entropy import variants as cross_entropy
 from megapoly_kernels.dropout import variants as dropout
 from megapoly_kernels.launch import ARCHITECTURES, Variant
@@ -31,6 +33,8 @@ MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
     "activation": activation,
     "adamw": adamw,
     "attention_tiles": attention_tiles,
+    "attention_tiles_forward": attention_tiles_forward,
+    "attention_tiles_backward": attention_tiles_backward,
     "cross_entropy": cross_entropy,
     "dropout": dropout,
     "linear_cross_entropy": linear_cross_entropy,

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn.functional import scaled_dot_product_attention
 
-from megapoly_kernels import attention_tiles
+from megapoly_kernels import attention_tiles_backward, attention_tiles_forward
+from megapoly_kernels.attention_tiles import empty_like
 from megapoly_kernels.launch import known_backend, runs_triton
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn")
@@ -178,8 +179,8 @@ def attention_forward(
         out, lse = attention_reference(
             query, key, value, cu_seqlens=cu_seqlens, slopes=slopes, scale=scale, causal=causal
         )
-        return attention_tiles.empty_like(query).copy_(out), lse
-    out, lse = attention_tiles.forward(
+        return empty_like(query).copy_(out), lse
+    out, lse = attention_tiles_forward.forward(
         _dense(_grouped(query, key)), _dense(key), _dense(value), cu_seqlens, slopes, scale, causal
     )
     return out.flatten(1, 2) if query.ndim == 4 else out, lse.view(query.shape[:-1])
@@ -194,7 +195,7 @@ def attention_backward(
         return _backward_reference(
             d_out, d_lse, query, key, value, out, lse, cu_seqlens, slopes, scale, causal
         )  # fmt: skip
-    dq, dk, dv = attention_tiles.backward(
+    dq, dk, dv = attention_tiles_backward.backward(
         _dense(_grouped(d_out, key)), None if d_lse is None else d_lse.contiguous(), _dense(_grouped(query, key)),
         _dense(key), _dense(value), _dense(_grouped(out, key)), lse.contiguous(), cu_seqlens, slopes, scale, causal,
     )  # fmt: skip
@@ -213,7 +214,7 @@ def _backward_reference(
         delta = delta - d_lse
     ds = scale * p * (d_wide @ _wide(value).unsqueeze(2).mT - delta.view(queries.shape[:-1]).unsqueeze(-1))
     wide = ds @ _wide(key).unsqueeze(2), (ds.mT @ _wide(queries)).sum(2), (p.mT @ d_wide).sum(2)
-    grads = [attention_tiles.empty_like(x) for x in (query, key, value)]
+    grads = [empty_like(x) for x in (query, key, value)]
     for grad, each in zip(grads, wide, strict=True):
         grad.copy_(each.view(grad.shape))
     return grads[0], grads[1], grads[2]
@@ -255,12 +256,12 @@ def _attention_gradient(
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
-    return attention_tiles.empty_like(query), lse
+    return empty_like(query), lse
 
 
 @_attention_gradient.register_fake
 def _(d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
-    return tuple(attention_tiles.empty_like(x) for x in (query, key, value))
+    return tuple(empty_like(x) for x in (query, key, value))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

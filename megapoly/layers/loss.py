@@ -10,7 +10,7 @@ from torch import Tensor
 from megapoly import comm
 from megapoly.context import Axis
 from megapoly.layers.call import Call, GradSink, accumulation_dtype, apply, hand_over
-from megapoly_kernels.linear_cross_entropy import (
+from megapoly_kernels.linear_cross_entropy_chunks import (
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
     linear_cross_entropy_with_gradients,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megapoly_kernels import attention_tiles
+from megapoly_kernels import attention_tiles_backward, attention_tiles_forward
 from megapoly_kernels.attention import (
     _flash_attn,
     attention,
@@ -49,7 +49,7 @@ def compare(given: list[Tensor], **options: Any) -> None:
     check(lambda *x: attention_with_lse(*x, **options), lambda *x: attention_reference(*x, **options), given)
 
 
-M = attention_tiles.LAUNCH_FORWARD[90, 4, 64].constants["BLOCK_M"]  # 32, as of all tiles of fp32 up to 64
+M = attention_tiles_forward.LAUNCH_FORWARD[90, 4, 64].constants["BLOCK_M"]  # 32, as of all tiles of fp32 up to 64
 
 
 @needs_triton
@@ -187,9 +187,12 @@ def test_offsets_beyond_31_bits() -> None:
     near = normal(1, 1, 1, 130, 16, dtype=torch.float16)
     far.copy_(near)
     with kernels():
-        found = attention_tiles.forward(far, far[0], far[0], None, None, 0.25, True)
-        wanted = attention_tiles.forward(near, near[0], near[0], None, None, 0.25, True)
-        both = [attention_tiles.backward(x, None, x, x[0], x[0], *wanted, None, None, 0.25, True) for x in (far, near)]
+        found = attention_tiles_forward.forward(far, far[0], far[0], None, None, 0.25, True)
+        wanted = attention_tiles_forward.forward(near, near[0], near[0], None, None, 0.25, True)
+        both = [
+            attention_tiles_backward.backward(x, None, x, x[0], x[0], *wanted, None, None, 0.25, True)
+            for x in (far, near)
+        ]
     for one, other in zip((*found, *both[0]), (*wanted, *both[1]), strict=True):
         assert torch.equal(one, other)
 

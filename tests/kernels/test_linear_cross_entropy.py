@@ -15,25 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapoly_kernels import linear_cross_entropy as public
+from megapoly_kernels import linear_cross_entropy_chunks
 from megapoly_kernels.launch import triton
-from megapoly_kernels.linear_cross_entropy import (
-    chunk_rows,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-    workspace,
-)
+from megapoly_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from megapoly_kernels.linear_cross_entropy_chunks import chunk_rows, workspace
 from tests.kernels.rule import BACKWARD, DEVICE, DTYPES, FORWARD, check, close, gradients, kernels, needs_triton
 from tests.ranks import run_cases
 
 INTERPRET = [False, pytest.param(True, marks=needs_triton)]
-# The module, which the function of its name hides in the package.
-MODULE = sys.modules["megapoly_kernels.linear_cross_entropy"]
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 3 tokens at most, so that every test has several, but where it says otherwise."""
-    monkeypatch.setattr(MODULE, "_ROWS", 3)
+    monkeypatch.setattr(linear_cross_entropy_chunks, "_ROWS", 3)
 
 
 def inputs(
@@ -272,8 +267,8 @@ def test_what_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_memory_by_the_formula(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A vocabulary of 256K, 2048 hidden, 8192 tokens: under 768 MiB, and not more for more tokens."""
-    monkeypatch.setattr(MODULE, "_ROWS", 4096)
-    monkeypatch.setattr(MODULE, "runs_triton", lambda x: x.is_cuda)
+    monkeypatch.setattr(linear_cross_entropy_chunks, "_ROWS", 4096)
+    monkeypatch.setattr(linear_cross_entropy_chunks, "runs_triton", lambda x: x.is_cuda)
 
     class OnGPU:
         """What the formula asks of a tensor, as if on a GPU."""
@@ -327,7 +322,7 @@ def test_memory_of_a_large_vocabulary_on_a_cpu(mode: str) -> None:
 def on_rank(
     rank: int, size: int, vocabulary: int, local: int, options: dict[str, Any], interpret: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    MODULE._ROWS = 3
+    linear_cross_entropy_chunks._ROWS = 3
     x, weight, labels = (each.cpu() for each in inputs(8, 5, vocabulary))
     start = min(rank * local, vocabulary)
     count = min(local, vocabulary - start)

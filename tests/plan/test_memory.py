@@ -13,7 +13,7 @@ from megapoly.pipeline.schedule import build
 from megapoly.plan.activations import CHUNK_BYTES, PRODUCT_BYTES, Live, StageMemory
 from megapoly.plan.measure import measure
 from megapoly.plan.memory import COMPONENTS, Usage, predict, walk
-from megapoly_kernels.linear_cross_entropy import _LOGITS, _PRODUCT
+from megapoly_kernels.linear_cross_entropy_chunks import _LOGITS, _PRODUCT
 from tests.plan.cases import config
 from tests.ranks import run_cases
 
