@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build train bench test test-long sanitize check lint types format clean
+.PHONY: help build train bench gpu-check test test-long sanitize check lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,9 +28,14 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile $(SOURCES)
 train: build ## the main job on a CPU: real text in 18 languages to a trained, resumed and sampled model
 	$(BIN)/python examples/demo/run.py
 
-bench: build ## a training step and the data engine against peers, into benchmarks/results; some minutes, on a quiet machine
+bench: build ## a training step, the kernels and the data engine against peers, into benchmarks/results; a quarter of an hour, on a quiet machine
 	$(BIN)/megapoly bench step --save benchmarks/results
+	$(BIN)/megapoly bench kernels --save benchmarks/results
 	$(BIN)/megapoly bench data --save benchmarks/results
+
+# With PYTHON itself, whose PyTorch has CUDA: it builds in place, and fetches and installs nothing.
+gpu-check: ## with a GPU: build, test, benchmark the kernels and train PolyLM-1.7B, into benchmarks/results; under 9 minutes
+	$(PYTHON) benchmarks/gpu_check.py
 
 # Two workers of one thread: half of the tests start processes and wait for them.
 test: build ## the tests, some 15 minutes on 2 cores

@@ -73,8 +73,9 @@ setup(
         *find_packages(include=["megapoly", "megapoly.*"]),
         "megapoly_kernels",
         *(f"megapoly_kernels.{name}" for name in find_packages("kernels/megapoly_kernels")),
+        "megapoly_kernels.bench",
     ],
-    package_dir={"megapoly_kernels": "kernels/megapoly_kernels"},
+    package_dir={"megapoly_kernels": "kernels/megapoly_kernels", "megapoly_kernels.bench": "kernels/bench"},
     package_data={"megapoly": ["data/*.pyi"], "megapoly_kernels": ["*.pyi"]},
     install_requires=[
         "torch>=2.11",

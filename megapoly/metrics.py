@@ -20,14 +20,8 @@ from tensorboard.summary import Writer
 
 from megapoly.config import Config
 from megapoly.context import ParallelContext, Traffic
-from megapoly.models.cost import flops_per_token
+from megapoly.models.cost import flops_per_token, peak_tflops
 from megapoly.stragglers import NOTABLE, Report
-
-# Dense bf16 peaks of one device in TFLOP/s, from the vendors' data sheets.
-# The first name that the device's name holds counts.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0,
-}  # fmt: skip
 
 
 class Recorder:
@@ -301,10 +295,7 @@ class Recorder:
 
 
 def _known_peak(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _peak_memory(device: torch.device) -> float:

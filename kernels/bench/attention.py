@@ -49,7 +49,11 @@ def cases(bench: Bench) -> Iterator[Case]:
         for s in lengths
     ]
     if bench.sweep:
-        shapes += [(f"head {d}", 2048 // d, d, False, bench.sequence) for d in (64, 128, 256)]
+        shapes += [
+            (f"head {d}, sequence {s}", 2048 // d, d, False, s)
+            for d in (64, 128, 256)
+            for s in ((512, 1024, 2048, 4096, 8192, 16384) if bench.gpu else (128, 256, 512, 1024))
+        ]
     for name, heads, dim, alibi, s in shapes:
         batch = max(1, bench.tokens // s)
         inputs = [bench.normal(batch, heads, s, dim).requires_grad_() for _ in range(3)]
@@ -77,4 +81,4 @@ def cases(bench: Bench) -> Iterator[Case]:
                 }
                 peers["flex"] = _flex(s)
         kind = "attention, alibi" if alibi else "attention"
-        yield from passes(bench, kind, shape, run, peers, inputs, (operations, 2.5 * operations), "TFLOP/s")
+        yield from passes(bench, kind, shape, run, peers, inputs, (operations, 2.5 * operations), bench.flops)

@@ -7,18 +7,26 @@ share of, a copy or a product of matrices, is measured first, on the same device
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 Row = dict[str, Any]
 Function = Callable[..., Any]
-SCALES = {"GB/s": 1e9, "TFLOP/s": 1e12}
+KEYS = (
+    "name", "value", "unit", "peer", "peer_value", "ratio", "limit", "share_of_limit", "shape", "dtype", "peak_bytes",
+    "extra_bytes", "peer_peak_bytes", "peer_extra_bytes",
+)  # fmt: skip
+SCALES = {"GB/s": 1e9, "GFLOP/s": 1e9, "TFLOP/s": 1e12}
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ MODELS = (
     Model("LLaMA-7B", 4096, 32, 11008, 32_000, gated=True),
     Model("BLOOM-7B1", 4096, 32, 16384, 250_880, alibi=True),
 )
-SWEEP = tuple(Model(f"hidden {hidden}", hidden, hidden // 128, 4 * hidden, 32_000) for hidden in (1024, 8192, 16384))
+_HIDDEN = (1024, 2048, 4096, 8192, 16384)
+SWEEP = tuple(Model(f"hidden {hidden}", hidden, hidden // 128, 4 * hidden, 32_000) for hidden in _HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,16 @@ class Bench:
     def sequence(self) -> int:
         if self.gpu:
             return 512 if self.quick else 2048
-        return 16 if self.quick else 128
+        return 16 if self.quick else 512
 
     @property
     def tokens(self) -> int:
         return self.batch * self.sequence
+
+    @property
+    def flops(self) -> str:
+        """Unit of operations a second."""
+        return "TFLOP/s" if self.gpu else "GFLOP/s"
 
     @property
     def repeats(self) -> int:
@@ -101,6 +115,7 @@ class Case:
     Attributes:
         work: bytes that have to be read and written, or operations, by ``unit``.
         peers: other ways to the same result, by name.
+        turns: in place of the benchmark's, for what takes seconds.
     """
 
     name: str
@@ -110,6 +125,7 @@ class Case:
     run: Callable[[], Any]
     peers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     unit: str = "GB/s"
+    turns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,17 +150,18 @@ def limits(bench: Bench) -> Limits:
     return Limits(2.0 * a.numel() * 4 / copy, 2.0 * side**3 / matmul)
 
 
-def seconds(bench: Bench, functions: Sequence[Callable[[], Any]]) -> list[float]:
-    """Medians of functions that take turns, each after two calls that do not count.
+def seconds(bench: Bench, functions: Sequence[Callable[[], Any]], turns: int | None = None) -> list[float]:
+    """Medians of functions that take turns, each after two calls that do not count, or as many as there are turns.
 
     On a GPU between events, after its cache was overwritten.
     """
+    turns = turns or bench.repeats
     for function in functions:
-        function()
-        function()
+        for _ in range(min(2, turns)):
+            function()
     found: list[list[float]] = [[] for _ in functions]
     flush = torch.empty(256 << 18, dtype=torch.int32, device=bench.device) if bench.gpu else None
-    for _ in range(bench.repeats):
+    for _ in range(turns):
         for own, function in zip(found, functions):
             own.append(_on_gpu(function, flush) if flush is not None else _on_cpu(function))
     return [statistics.median(own) for own in found]
@@ -166,47 +183,73 @@ def _on_cpu(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def peak_bytes(bench: Bench, function: Callable[[], Any]) -> int | None:
-    """Most bytes that a call has in use beyond what was there before, its results among them; None on a CPU."""
-    if not bench.gpu:
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def memory(bench: Bench, function: Callable[[], Any]) -> tuple[int, int]:
+    """Most bytes that a call has in use beyond what was there before, and the part of them that is not its results.
+
+    Those of tensors, whatever made them: on a GPU the allocator's count, on a CPU that of torch's profiler, which
+    follows every allocation. What libraries like oneDNN take from elsewhere is not in it.
+    """
+    if bench.gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = function()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            results = function()
+        events = [each for each in found.profiler.kineto_results.events() if each.name() == "[memory]"]
+        peak = now = 0
+        for each in sorted(events, key=lambda each: each.start_ns()):
+            now += each.nbytes()
+            peak = max(peak, now)
+    storages = [each.untyped_storage() for each in tree_leaves(results) if isinstance(each, Tensor)]
+    return peak, max(0, peak - sum({each.data_ptr(): each.nbytes() for each in storages}.values()))
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler of torch 2.13 writes a line there when it starts and one when it stops."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def rows(bench: Bench, case: Case, machine: Limits) -> Iterator[Row]:
     """A row for every peer, or one without a peer. A peer that fails is a row with its ``note``."""
-    peers, notes = dict(case.peers), {}
+    peers, notes, memories = dict(case.peers), {}, {}
     for name, function in case.peers.items():
         try:
-            function()
+            memories[name] = memory(bench, function)
         # What foreign libraries raise for a case or a device that they do not have.
         except (RuntimeError, ImportError, TypeError, ValueError) as error:
             del peers[name]
             notes[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    own, *theirs = seconds(bench, [case.run, *peers.values()])
+    peak, extra = memory(bench, case.run)
+    own, *theirs = seconds(bench, [case.run, *peers.values()], case.turns)
     scale = case.work / SCALES[case.unit]
     limit = machine.of(case.unit) / SCALES[case.unit]
-    row: Row = {
+    row: Row = dict.fromkeys(KEYS) | {
         "name": case.name,
         "value": scale / own,
         "unit": case.unit,
-        "peer": None,
-        "peer_value": None,
-        "ratio": None,
         "limit": limit,
         "share_of_limit": scale / own / limit,
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "peak_bytes": peak_bytes(bench, case.run),
+        "peak_bytes": peak,
+        "extra_bytes": extra,
     }
     for name, time_of in zip(peers, theirs):
-        peak = peak_bytes(bench, peers[name])
-        yield {**row, "peer": name, "peer_value": scale / time_of, "ratio": time_of / own, "peer_peak_bytes": peak}
+        peak, extra = memories[name]
+        peer = {"peer": name, "peer_value": scale / time_of, "peer_peak_bytes": peak, "peer_extra_bytes": extra}
+        yield {**row, **peer, "ratio": time_of / own}
     for name, note in notes.items():
         yield {**row, "peer": name, "note": note}
     if not case.peers:

@@ -13,10 +13,12 @@ from megapoly_kernels import cross_entropy
 
 def cases(bench: Bench) -> Iterator[Case]:
     """Traffic is V a token forward and 2 V backward."""
-    tokens = bench.tokens // 2 if bench.gpu else bench.tokens // 4
+    tokens = bench.tokens // 2 if bench.gpu else max(1, bench.tokens // 16)
+    done: set[int] = set()
     for model in bench.models:
-        if model in SWEEP:
+        if model in SWEEP or model.vocabulary in done:
             continue
+        done.add(model.vocabulary)
         logits = bench.normal(tokens, model.vocabulary).requires_grad_()
         labels = torch.randint(model.vocabulary, (tokens,), device=bench.device)
 

@@ -17,11 +17,15 @@ from megapoly.errors import TrainingError
 
 @dataclass(frozen=True)
 class Turn:
-    """Some steps of a contender: seconds of its slowest rank, processor seconds of all ranks, last loss."""
+    """Some steps of a contender: seconds of its slowest rank, processor seconds of all ranks, last loss.
+
+    ``peak_bytes`` is the most memory of a GPU that a rank has had in use, 0 on a CPU.
+    """
 
     seconds: float
     cpu_seconds: float
     loss: float
+    peak_bytes: int = 0
 
 
 class Contender:
@@ -71,6 +75,7 @@ class Contender:
             max(answer["seconds"] for answer in answers),
             sum(answer["cpu_seconds"] for answer in answers),
             answers[0]["loss"],
+            max(answer["peak_bytes"] for answer in answers),
         )
 
     def _answers(self) -> list[dict[str, Any]]:

@@ -90,6 +90,11 @@ def notes(document: dict[str, Any]) -> list[str]:
         elif row["name"] not in described:
             described.add(row["name"])
             lines.append(f"{row['name']}: {row['work']}")
+            if "tflops" in row:
+                mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+                lines.append(
+                    f"{row['name']}: {row['tflops']:,.1f} TFLOP/s a GPU{mfu}; at most {row['peak_bytes'] / 1e9:,.1f} GB"
+                )
         if "note" in row:
             lines.append(f"{row['name']}, {row['peer']}: {row['note']}")
     return lines

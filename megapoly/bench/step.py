@@ -15,7 +15,7 @@ from megapoly.bench.race import Entry, Peer, Result, race
 from megapoly.bench.task import make_config
 from megapoly.config import Config
 from megapoly.errors import ConfigError
-from megapoly.models.cost import flops_per_token
+from megapoly.models.cost import flops_per_token, peak_tflops
 from megapoly.pipeline import schedule
 from megapoly.pipeline.timeline import simulate
 
@@ -158,6 +158,7 @@ def _row(name: str, own: Result, limit: float, peer_name: str | None = None, pee
         "work": _work(own),
         "parameters": own.parameters,
         "loss": own.turns[-1].loss,
+        **_on_gpu(own),
         "peer": peer_name,
         "peer_value": None,
         "ratio": None,
@@ -170,6 +171,16 @@ def _row(name: str, own: Result, limit: float, peer_name: str | None = None, pee
         row["ratio_spread"] = _spread([ours / theirs for ours, theirs in zip(own.rates, peer.rates)])
         row["peer_parameters"], row["peer_loss"] = peer.parameters, peer.turns[-1].loss
     return row
+
+
+def _on_gpu(result: Result) -> Row:
+    """TFLOP/s of a GPU, their share of its peak (MFU) where that is known, and its memory; nothing on a CPU."""
+    if not result.gpu:
+        return {}
+    config, peak = result.entry.config, peak_tflops(result.gpu)
+    tflops = result.rate * flops_per_token(config.model, config.train.sequence) / config.mesh.world_size / 1e12
+    mfu = {} if peak is None else {"mfu": tflops / peak}
+    return {"tflops": tflops, **mfu, "peak_bytes": max(turn.peak_bytes for turn in result.turns)}
 
 
 def _work(result: Result) -> str:

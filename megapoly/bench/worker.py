@@ -58,7 +58,9 @@ def serve(build: Callable[[Task, torch.device], Work]) -> None:
         begin, begin_cpu = _now(device), time.process_time()
         for _ in range(int(line)):
             loss = work.step()
-        answer(seconds=_now(device) - begin, cpu_seconds=time.process_time() - begin_cpu, loss=loss)
+        seconds, cpu_seconds = _now(device) - begin, time.process_time() - begin_cpu
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        answer(seconds=seconds, cpu_seconds=cpu_seconds, loss=loss, peak_bytes=peak)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Protocol
 import typer
 from rich.console import Console
 
-from megapoly.cli.common import SETTINGS, JsonFile, make_table, write_rows
+from megapoly.cli.common import SETTINGS, JsonFile, make_table, print_whole, write_rows
 from megapoly.errors import ConfigError
 
 Save = Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")]
@@ -184,6 +184,72 @@ def bench_generate(
     _tell(document, "generate", generate, json_file, save)
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help="Such as norm or attention.  [default: all]")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes, one model: a trial, not a measurement.")
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also hidden sizes, head dimensions and lengths, drawn as curves.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is a GPU]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of a CPU.  [default: torch's]")] = None,
+    seconds: Annotated[int | None, typer.Option(min=1, help="End after so long, with the rows that are there.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="A file for one picture of all (.svg, .png, .pdf), or a folder, one for each op."),
+    ] = None,
+    json_file: JsonFile = None,
+    save: Save = None,
+) -> None:
+    """The fused kernels beside PyTorch and others, by model: time, share of the machine's limit, memory.
+
+    Without a GPU it measures what runs on the CPU. Contenders take turns; a value is the median, a ratio above 1 is
+    better than the peer. --save also writes a picture for each op.
+
+    [bold]Example:[/bold] megapoly bench kernels norm attention --picture kernels.svg
+    """
+    from megapoly.bench import kernels, report
+    from megapoly.charts.figure import check_picture
+
+    if picture is not None and picture.suffix:
+        check_picture(picture)
+    options = kernels.Options(tuple(ops or ()), quick, sweep, device, threads, seconds)
+    rows: list[dict[str, Any]] = []
+    with Console(stderr=True).status("limits of the machine") as status:
+        for row in kernels.measure(options):
+            rows.append(row)
+            where = ", on the CPU, as no GPU is used" if kernels.on_cpu(rows[0]) else ""
+            status.update(f"{len(rows)} rows{where}; {row['name']} {row['shape'] or ''}")
+    name = report.cpu_name() if kernels.on_cpu(rows[0]) else rows[0]["device"]
+    document = report.make_report(rows, name, kernels.settings(options))
+    saved = _tell(document, "kernels", kernels, json_file, save)
+    if saved:
+        _draw_ops(document, saved.parent, f"{saved.stem}-", ".svg")
+    if picture is not None and picture.suffix:
+        _draw(rows, name, picture)
+    elif picture is not None:
+        _draw_ops(document, picture, "", ".svg")
+
+
+def _draw_ops(document: dict[str, Any], folder: Path, before: str, suffix: str) -> None:
+    """A picture for every op."""
+    for op in dict.fromkeys(row["op"] for row in document["rows"] if "op" in row):
+        rows = [row for row in document["rows"] if row.get("op") == op]
+        _draw(rows, document["device"], folder / f"{before}{op.replace('_', '-')}{suffix}")
+
+
+def _draw(rows: list[dict[str, Any]], device: str, path: Path) -> None:
+    from megapoly.charts.figure import save_figure
+    from megapoly.charts.kernels import draw_kernels
+
+    save_figure(draw_kernels(rows, device), path)
+    print(path)
+
+
 class _Style(Protocol):
     """A module that shows the rows of one benchmark."""
 
@@ -194,21 +260,23 @@ class _Style(Protocol):
     def markdown(self, document: dict[str, Any], /) -> str: ...
 
 
-def _tell(document: dict[str, Any], name: str, style: _Style, json_file: Path | None, save: Path | None) -> None:
-    """Print a report, and write it where that is wanted."""
+def _tell(document: dict[str, Any], name: str, style: _Style, json_file: Path | None, save: Path | None) -> Path | None:
+    """Print a report, and write it where that is wanted; the saved page."""
     from megapoly.bench import report
 
     table = make_table(*style.HEADS)
     for row in document["rows"]:
         table.add_row(*style.cells(row))
+    print_whole(table)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
     for line in style.notes(document):
         console.print(line)
     if json_file:
         report.write_json(document, json_file)
-    if save:
-        print(report.save(document, save, name, style.markdown(document)))
+    saved = report.save(document, save, name, style.markdown(document)) if save else None
+    if saved:
+        print(saved)
+    return saved
 
 
 def _names(text: str) -> list[str]:

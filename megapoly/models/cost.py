@@ -15,6 +15,18 @@ from megapoly.pipeline.generators import GENERATORS
 WHOLE_LOGITS = 256 << 20
 
 
+# Dense bf16 peaks of one device in TFLOP/s, from the vendors' data sheets.
+# The first name that the device's name holds counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0,
+}  # fmt: skip
+
+
+def peak_tflops(device: str) -> float | None:
+    """Of a GPU of that name in dense bf16; None where it is not known."""
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in device), None)
+
+
 def in_chunks(tokens: int, vocabulary: int, itemsize: int) -> bool:
     """Whether the loss of so many tokens, over a rank's part of the vocabulary, is computed in chunks of tokens."""
     return tokens * vocabulary * (itemsize if itemsize >= 4 else itemsize + 4) > WHOLE_LOGITS

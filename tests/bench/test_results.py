@@ -43,3 +43,13 @@ def test_the_readme_states_what_the_data_engine_measured() -> None:
     assert f"samples come {by['samples']['ratio']:.0f} times as fast" in text
     assert f"separated {by['samples_documents']['ratio']:,.0f} times" in text
     assert f"written {by['encode']['ratio']:.1f} times as fast" in text
+
+
+def test_the_readme_states_the_memory_of_the_loss() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = [
+        row for row in rows("kernels-*-cores-*.json") if (row["shape"] or "").startswith("256K: 512 x 2048 x 262144")
+    ]
+    (row,) = found
+    ours, eager = row["extra_bytes"] / 1e6, row["peer_extra_bytes"] / 1e6
+    assert f"takes {ours:,.0f} MB beyond inputs and gradients, eager PyTorch {eager:,.0f} MB" in text
