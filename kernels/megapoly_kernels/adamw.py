@@ -43,7 +43,7 @@ LAUNCH: Table = {
     (80, 8, 1 << 62): Launch({"BLOCK": 512}, warps=4),
 }
 BACKENDS = ("auto", "triton", "apex")
-_CHUNK = 1 << 16  # elements on a CPU; the working set of a chunk stays in a core's cache
+_CHUNK = 1 << 22  # elements on a CPU: few starts of its threads, and little memory for scaled gradients
 
 
 def adamw_reference(
@@ -52,23 +52,37 @@ def adamw_reference(
 ) -> None:  # fmt: skip
     """The update in PyTorch, where ``now`` is (rate, scale, step)."""
     rate, scale, step = now
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    chunk = _CHUNK if weights.is_cpu else max(1, weights.numel())
-    scaled = torch.empty(min(chunk, weights.numel()), dtype=weights.dtype, device=weights.device)
-    for begin in range(0, weights.numel(), chunk):
-        part = slice(begin, min(begin + chunk, weights.numel()))
-        weight, first, second = weights[part], moments[0][part], moments[1][part]
-        g = scaled[: weight.numel()]
+    first, second = moments
+    g = gradient.to(weights.dtype) * scale
+    first.lerp_(g, 1 - beta1)
+    second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = (second / (1 - beta2**step)).sqrt_().add_(epsilon)
+    weights.mul_(1 - rate * weight_decay).addcdiv_(first, denominator, value=-rate / (1 - beta1**step))
+    if values is not None:
+        values.copy_(weights)
+
+
+def _on_cpu(
+    weights: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], values: Tensor | None,
+    now: tuple[float, float, float], beta1: float, beta2: float, epsilon: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """By the kernel of ``torch.optim.AdamW(fused=True)``, which takes scaled gradients: it would overwrite others."""
+    rate, scale, step = now
+    steps = [torch.tensor(float(step))]
+    scaled = torch.empty(min(_CHUNK, weights.numel()), dtype=weights.dtype)
+    for begin in range(0, weights.numel(), _CHUNK):
+        part = slice(begin, min(begin + _CHUNK, weights.numel()))
+        g = scaled[: part.stop - begin]
         if gradient.dtype == g.dtype:
             torch.mul(gradient[part], scale, out=g)
         else:
             g.copy_(gradient[part]).mul_(scale)
-        first.lerp_(g, 1 - beta1)
-        second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = torch.div(second, correction2, out=g).sqrt_().add_(epsilon)
-        weight.mul_(1 - rate * weight_decay).addcdiv_(first, denominator, value=-rate / correction1)
+        torch._fused_adamw_(
+            [weights[part]], [g], [moments[0][part]], [moments[1][part]], [], steps, lr=rate, beta1=beta1, beta2=beta2,
+            weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
+        )  # fmt: skip
         if values is not None:
-            values[part].copy_(weight)
+            values[part].copy_(weights[part])
 
 
 @jit
@@ -139,7 +153,7 @@ def adamw_update(
         return
     if kind == "torch":
         rate, scale, step = (float(each) for each in now)
-        adamw_reference(
+        _on_cpu(
             weights, gradient, moments, values, (rate, scale, step), beta1, beta2, epsilon, weight_decay
         )  # fmt: skip
         return

@@ -24,6 +24,7 @@ PHILOX_BYTES = 36
 PHILOX_WORDS = 1 << 16  # at a time on a CPU
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 640 << 20}  # of the logits of a chunk, see megapoly_kernels
 PRODUCT_BYTES = 64 << 20
+UPDATED = 1 << 22  # elements whose gradients AdamW scales at a time on a CPU
 
 
 class Live(NamedTuple):

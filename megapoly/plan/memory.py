@@ -15,7 +15,7 @@ from megapoly.config import Config
 from megapoly.models.cost import norm_size, position_size, stage_layers
 from megapoly.pipeline.actions import Action, Kind, Schedule
 from megapoly.pipeline.schedule import build
-from megapoly.plan.activations import PARAMETER_BYTES, Device, Live, Sizes, StageMemory, stage_memory
+from megapoly.plan.activations import PARAMETER_BYTES, UPDATED, Device, Live, Sizes, StageMemory, stage_memory
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ def predict(config: Config, device: Device = "cuda") -> list[Usage]:
         biases = 0 if config.data.separate_documents else sizes.biases * with_layers  # shared by all micro-batches
         always = Live(config.microbatches * _per_microbatch(sizes, first_here, last_here) + biases)
         lives = [always.plus(live) for live in walk(schedule, rank, stages, sizes.residual)]
-        if device == "cuda":
-            lives.append(always.plus(Live(0, 0, _update_workspace(config, first_here or last_here))))
-        elif layout.shard_optimizer and config.mesh.dp > 1:
+        lives.append(always.plus(Live(0, 0, _update_workspace(config, gradients, first_here or last_here, device))))
+        if device == "cpu" and layout.shard_optimizer and config.mesh.dp > 1:
             lives.append(always.plus(Live(0, 0, gradients)))  # gloo's reduce-scatter receives beside its input
         activations, logits, workspace = (max(live[i] for live in lives) for i in range(3))
         total = weights + gradients + optimizer + max(map(sum, lives))
@@ -78,12 +77,16 @@ def optimizer_bytes(config: Config) -> int:
     return wide * (2 if parameter == wide else 3)
 
 
-def _update_workspace(config: Config, embedding: bool) -> int:
-    """Adam's denominators of the largest bucket, in a GPU's one piece, and of the bucket before it."""
+def _update_workspace(config: Config, gradients: int, embedding: bool, device: Device) -> int:
+    """Scaled gradients of the largest bucket: of a part at a time on a CPU, of none where the kernel is ours."""
     layout, model = config.layout, config.model
-    bucket = layout.bucket_mb * 1e6
-    largest = -(-model.vocabulary // layout.tp) * model.hidden * 4 if embedding else bucket
-    return int(bucket + max(bucket, largest)) // (config.mesh.dp if layout.shard_optimizer else 1)
+    if device == "cuda" and config.kernels.optimizer != "apex":
+        return 0
+    wide = max(4, PARAMETER_BYTES[config.train.precision])
+    bucket = int(layout.bucket_mb * 1e6)
+    largest = max(bucket, -(-model.vocabulary // layout.tp) * model.hidden * wide) if embedding else bucket
+    mine = min(largest, gradients) // (config.mesh.dp if layout.shard_optimizer else 1)
+    return mine if device == "cuda" else min(mine, UPDATED * wide)
 
 
 def _steady(config: Config) -> int:

@@ -10,9 +10,10 @@ from megapoly.config import Config, load
 from megapoly.context import ParallelContext
 from megapoly.models.cost import parameter_count, stage_layers
 from megapoly.pipeline.schedule import build
-from megapoly.plan.activations import CHUNK_BYTES, PRODUCT_BYTES, Live, StageMemory
+from megapoly.plan.activations import CHUNK_BYTES, PRODUCT_BYTES, UPDATED, Live, StageMemory
 from megapoly.plan.measure import measure
 from megapoly.plan.memory import COMPONENTS, Usage, predict, walk
+from megapoly_kernels.adamw import _CHUNK
 from megapoly_kernels.linear_cross_entropy_chunks import _LOGITS, _PRODUCT
 from tests.plan.cases import config
 from tests.ranks import run_cases
@@ -90,6 +91,7 @@ def test_chunks_are_those_of_the_kernels() -> None:
     for device, most in CHUNK_BYTES.items():
         assert _LOGITS[device] == most
     assert _PRODUCT == PRODUCT_BYTES
+    assert _CHUNK == UPDATED
 
 
 def polylm(name: str, ranks: int, *overrides: str) -> Config:
