@@ -76,7 +76,7 @@ def _threshold(rate: float) -> int:
 @jit
 def random_words(key, stream, index):
     """Words [4 K] of K counters ``index`` in a stream; all are int64, inside of kernels."""
-    key = tl.to_tensor(key).to(tl.int64)  # a small one arrives as int32, and 1 as a constant
+    key = tl.cast(key, tl.int64)  # a small one arrives as int32, and 1 as a constant
     high, zero = (index >> 32).to(tl.uint32), (index * 0).to(tl.uint32)
     stream_low, stream_high = zero + stream.to(tl.uint32), zero + (stream >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(key, index.to(tl.uint32), high, stream_low, stream_high)
