@@ -49,13 +49,17 @@ WITHOUT_TORCH = (
     "data.plan",
     "data.plan_document",
     "data.segments",
+    "instruct.asking",
+    "instruct.endpoint",
+    "instruct.plan",
+    "instruct.report",
     "models.cost",
     "plan.activations",
     "plan.memory",
     "plan.fit",
     "plan.report",
 )
-READS_ENVIRONMENT = ("megapoly/launch.py",)
+READS_ENVIRONMENT = ("megapoly/launch.py", "megapoly/instruct/endpoint.py")  # the latter for an API key
 # Optional extras that one file may import inside a function: (file, package).
 OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
     {
@@ -71,6 +75,9 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
         ("megapoly/data/huggingface.py", "tokenizers"),
         ("megapoly/data/huggingface_export.py", "tokenizers"),
         ("megapoly/data/parquet.py", "pyarrow"),
+        ("megapoly/instruct/endpoint.py", "openai"),
+        ("megapoly/instruct/rouge.py", "rapidfuzz"),
+        ("megapoly/instruct/words.py", "icu4py"),
     }
 )
 COLLECTIVE = re.compile(
