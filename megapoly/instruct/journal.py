@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megapoly.errors import ConfigError, DataError
-from megapoly.instruct.model import Answer, Fault, Tokens
+from megapoly.instruct.model import NONE, Answer, Fault, Tokens
 
 LOST = "interrupted"
-NOT_BILLED = Tokens()
 
 
 class Key(NamedTuple):
@@ -63,7 +62,7 @@ class Journal:
         self.answers: dict[Key, Answer] = {}
         self.prompts: dict[Key, str] = {}
         self.faults: Counter[str] = Counter()
-        self.used = self.uncertain = Tokens()
+        self.used = self.uncertain = NONE
         self._under_way: dict[int, Asked] = {}
         self._tickets = 0
         self._file: int | None = None
@@ -168,7 +167,7 @@ class Journal:
             self.used = self.used.plus(asked.reserved if used is None else used)
         else:
             self.faults[line["fault"]] += 1
-            self.uncertain = self.uncertain.plus(asked.reserved if line["billed"] else NOT_BILLED)
+            self.uncertain = self.uncertain.plus(asked.reserved if line["billed"] else NONE)
 
     def _lose(self) -> None:
         """Count what was under way when its process ended. The tickets of another process find nothing here."""

@@ -26,6 +26,9 @@ class Tokens(NamedTuple):
         return Tokens(self.prompt - other.prompt, self.completion - other.completion)
 
 
+NONE = Tokens()
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the model wrote.
@@ -71,9 +74,17 @@ class Fault:
 class Model(Protocol):
     """A model that several prompts can be given to at a time."""
 
-    concurrency: int
-    limit: int | None  # most tokens of an answer; None: what the context leaves
-    context: int | None  # most tokens of prompt and answer
+    @property
+    def concurrency(self) -> int:
+        """Prompts at a time."""
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of an answer; None: what the context leaves."""
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of prompt and answer."""
 
     def start(self, ticket: int, number: int, prompt: str) -> None:
         """Give it a prompt. ``number`` is the request's in its language, the same when it is asked again."""

@@ -16,7 +16,7 @@ from megapoly.errors import DataError
 from megapoly.instruct import tasks
 from megapoly.instruct.config import Config
 from megapoly.instruct.journal import LOST, Journal
-from megapoly.instruct.model import Tokens
+from megapoly.instruct.model import NONE, Tokens
 from megapoly.instruct.rounds import file_of
 from megapoly.instruct.words import load_words
 
@@ -45,8 +45,8 @@ class Standing:
     answered: int = 0
     translations: int = 0
     faults: Counter[str] = field(default_factory=Counter)
-    spent: Tokens = Tokens()
-    uncertain: Tokens = Tokens()
+    spent: Tokens = NONE
+    uncertain: Tokens = NONE
     seeds: int = 0
     kept: int = 0
     with_input: int = 0
@@ -114,9 +114,8 @@ def spent(directory: Path) -> Tokens:
 
 def _standing(directory: Path, config: Config, code: str) -> Standing:
     journal = Journal(file_of(directory, "requests", code), None)
-    standing = Standing(
-        code, config.requests(), spent=journal.spent, uncertain=journal.uncertain, faults=journal.faults
-    )
+    standing = Standing(code, config.requests(), faults=journal.faults)
+    standing.spent, standing.uncertain = journal.spent, journal.uncertain
     standing.answered = sum(key.round > 0 for key in journal.answers)
     standing.translations = len(journal.answers) - standing.answered
     standing.seeds = sum(1 for _ in _rows(file_of(directory, "seeds", code)))
@@ -139,14 +138,15 @@ def _standing(directory: Path, config: Config, code: str) -> Standing:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            yield json.loads(line)
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return
-    except ValueError as error:
-        raise DataError(
-            f"{path}, line {number}: is damaged ({error}); `megapoly instruct generate` makes it anew"
-        ) from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            what = f"{path}, line {number}: is damaged ({error})"
+            raise DataError(f"{what}; `megapoly instruct generate` makes it anew") from None
 
 
 def tables(config: Config, standings: Sequence[Standing]) -> dict[str, tuple[list[str], list[list[str]]]]:

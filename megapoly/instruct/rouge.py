@@ -1,13 +1,13 @@
 """ROUGE-L between word sequences, and a pool in which no two are alike. No torch.
 
 With L the length of the longest common subsequence of m and n words, precision L/m and recall L/n, the F measure is
-2L / (m + n) (Lin 2004, beta = 1). Thresholds are compared in whole numbers, so that a pair exactly on one is decided the
-same everywhere: it reaches it. The rouge-score library computes 2pr / (p + r) in floating point, which on such a tie may
-come out one rounding below.
+2L / (m + n) (Lin 2004, beta = 1). Thresholds are compared in whole numbers, so that a pair exactly on one is decided
+the same everywhere: it reaches it. The rouge-score library computes 2pr / (p + r) in floating point, which on such a
+tie may come out one rounding below.
 
-A pool holds each sequence as a string, a character for each distinct word. rapidfuzz compares a block of candidates with
-the whole pool in C++, in SIMD lanes, with the threshold as its cut-off (which skips by length); the few that it finds are
-then decided in whole numbers. So the result is that of the brute force.
+A pool holds each sequence as a string, a character for each distinct word. rapidfuzz compares a block of candidates
+with the whole pool in C++, in SIMD lanes, with the threshold as its cut-off (which skips by length); the few that it
+finds are then decided in whole numbers. So the result is that of the brute force.
 """
 
 from __future__ import annotations

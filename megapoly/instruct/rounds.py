@@ -1,8 +1,8 @@
 """Multilingual self-instruct in one language: translated seeds, then rounds (polylm.md, 5). No torch.
 
-What is asked in a round is a function of (seed, language, round, request, tasks at its beginning), and answers are judged in
-the order of the requests, whenever they come. So all state follows from the journal, and the tasks are the same whatever
-the concurrency, the faults, and wherever the process was killed.
+What is asked in a round is a function of (seed, language, round, request, tasks at its beginning), and answers are
+judged in the order of the requests, whenever they come. So all state follows from the journal, and the tasks are the
+same whatever the concurrency, the faults, and wherever the process was killed.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ class LanguageRun:
             return False
         if not proposed:
             raise DataError(
-                f"{self.journal.path}: round {number} has no task in {len(requests)} answers; see what the model writes,"
-                " and begin in another directory with one that follows the prompt"
+                f"{self.journal.path}: round {number} has no task in {len(requests)} answers; see what the model"
+                " writes, and begin in another directory with one that follows the prompt"
             )
         self._written = False
         return True
