@@ -103,10 +103,14 @@ def _show_plan(config: Config, seeds: dict[str, list[Seed]], seeds_only: bool) -
     from megapoly.instruct import plan
 
     planned = [plan.plan(config, code, each, seeds_only) for code, each in seeds.items()]
-    table = make_table("language", "seeds", "translations", "requests", "tokens at most", "cost at most")
+    priced = config.budget.priced
+    table = make_table(
+        "language", "seeds", "translations", "requests", "tokens at most", *["cost at most"] * priced
+    )  # fmt: skip
     for each in planned:
         cells = (each.seeds, each.translations, each.requests, each.most.total)
-        table.add_row(each.language, *(f"{cell:,}" for cell in cells), f"{float(config.budget.cost(*each.most)):,.2f}")
+        cost = [f"{float(config.budget.cost(*each.most)):,.2f}"] * priced
+        table.add_row(each.language, *(f"{cell:,}" for cell in cells), *cost)
     print(plan.first_prompt(config, planned[0].language, seeds[planned[0].language], seeds_only))
     print()
     print_whole(table)

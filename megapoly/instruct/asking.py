@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,14 @@ class Request(NamedTuple):
 class _Flight(NamedTuple):
     request: Request
     reserved: Tokens
+    faults: int
+
+
+class _Again(NamedTuple):
+    """A request after a fault, and when it is due."""
+
+    due: float
+    request: Request
     faults: int
 
 
@@ -72,28 +81,19 @@ class Asker:
             TrainingError: a request had more faults in a row than there are retries.
             DataError: the journal cannot be written.
         """
-        waiting = [(0.0, order, request, 0) for order, request in enumerate(requests)]  # a heap as it is
+        fresh = deque(requests)
+        again: list[_Again] = []  # a heap
         flying: dict[int, _Flight] = {}
         failure: MegapolyError | None = None
-        while waiting or flying:
-            pause = _POLL
-            while waiting and len(flying) < self.model.concurrency and failure is None and not self._stopping():
-                reserved = reserve(waiting[0][2].prompt, self.model, self._budget)
-                if not self.account.allows(reserved):
-                    self.ended = "budget"  # unless those under way take less than was held back for them
-                    break
-                self.ended = None
-                delay = max(waiting[0][0] - time.monotonic(), self._pace.delay(reserved.total))
-                if delay > 0:
-                    pause = min(pause, delay)
-                    break
-                *_, request, faults = heapq.heappop(waiting)
-                flying[self._start(request, reserved, journal)] = _Flight(request, reserved, faults)
+        while fresh or again or flying:
+            pause = 0.0
+            while pause == 0 and failure is None and not self._stopping():
+                pause = self._launch(fresh, again, flying, journal)
             if not flying:
                 if failure or self.ended or self._stopping():
                     break
                 time.sleep(pause)
-            for ticket, outcome in self.model.wait(pause) if flying else ():
+            for ticket, outcome in self.model.wait(pause or _POLL) if flying else ():
                 flight = flying.pop(ticket)
                 self._settle(ticket, flight, outcome, journal)
                 if isinstance(outcome, Answer):
@@ -102,11 +102,39 @@ class Asker:
                     failure = failure or _failure(journal, flight, outcome)
                 else:
                     due = time.monotonic() + self._wait(flight.faults, outcome)
-                    heapq.heappush(waiting, (due, flight.request.number, flight.request, flight.faults + 1))
+                    heapq.heappush(again, _Again(due, flight.request, flight.faults + 1))
         if failure:
             raise failure
-        if waiting and self.ended is None:
+        if (fresh or again) and self.ended is None:
             self.ended = "stopped"
+
+    def _launch(
+        self, fresh: deque[Request], again: list[_Again], flying: dict[int, _Flight], journal: Journal
+    ) -> float:
+        """Ask one request, if any may be asked now; else the seconds to wait for one, at most :data:`_POLL`.
+
+        One that is to be asked again keeps its place among those under way: where a server is down, no others come up.
+        """
+        now = time.monotonic()
+        due = bool(again) and again[0].due <= now
+        if len(flying) >= self.model.concurrency or not (due or fresh):
+            return min(_POLL, again[0].due - now) if again and not due else _POLL
+        if not due and len(flying) + len(again) >= self.model.concurrency:
+            return min(_POLL, again[0].due - now)
+        request = again[0].request if due else fresh[0]
+        reserved = reserve(request.prompt, self.model, self._budget)
+        if not self.account.allows(reserved):
+            self.ended = "budget"  # unless those under way take less than was held back for them
+            return _POLL
+        self.ended = None
+        delay = self._pace.delay(reserved.total)
+        if delay > 0:
+            return min(_POLL, delay)
+        faults = heapq.heappop(again).faults if due else 0
+        if not due:
+            fresh.popleft()
+        flying[self._start(request, reserved, journal)] = _Flight(request, reserved, faults)
+        return 0.0
 
     def _start(self, request: Request, reserved: Tokens, journal: Journal) -> int:
         ticket = journal.ask(request.key, sha256(request.prompt), reserved)

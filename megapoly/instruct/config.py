@@ -110,6 +110,10 @@ class Budget(_Section):
     prompt_price: NonNegativeFloat = Field(0.0, description="of a million tokens of prompts")
     completion_price: NonNegativeFloat = Field(0.0, description="of a million tokens of answers")
 
+    @property
+    def priced(self) -> bool:
+        return self.prompt_price > 0 or self.completion_price > 0
+
     def cost(self, prompt: int, completion: int) -> Fraction:
         """Of so many tokens, exactly."""
         prices = (Fraction(str(self.prompt_price)), Fraction(str(self.completion_price)))
@@ -193,7 +197,7 @@ def _endpoint_problem(endpoint: Endpoint, budget: Budget) -> str | None:
         return "endpoint: give max_tokens, context, or both: they bound what a request can cost"
     if endpoint.max_tokens and endpoint.context and endpoint.max_tokens >= endpoint.context:
         return f"endpoint.max_tokens {endpoint.max_tokens} leaves nothing of context {endpoint.context} for a prompt"
-    if budget.money is not None and budget.prompt_price == budget.completion_price == 0:
+    if budget.money is not None and not budget.priced:
         return "budget.money needs budget.prompt_price and budget.completion_price, of a million tokens"
     taken = sorted({"model", "messages", "prompt", "max_tokens", "stream", "n"} & endpoint.extra.keys())
     if taken:

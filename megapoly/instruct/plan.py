@@ -72,7 +72,7 @@ def summary(config: Config, planned: Sequence[Planned]) -> str:
     requests = sum(each.translations + each.requests for each in planned)
     line = f"{requests:,} requests take at most {most.total:,} tokens"
     budget = config.budget
-    if budget.prompt_price or budget.completion_price:
+    if budget.priced:
         line += f", {float(budget.cost(*most)):,.2f}"
     limits = [f"{budget.tokens:,} tokens" if budget.tokens else "", f"{budget.money:,.2f}" if budget.money else ""]
     caps = " and ".join(filter(None, limits))

@@ -163,7 +163,7 @@ def tables(config: Config, standings: Sequence[Standing]) -> dict[str, tuple[lis
         [each.language, f"{each.answered:,} of {each.wanted:,}", f"{each.translations:,}"]
         + [f"{each.faults[kind]:,}" for kind in kinds]
         + [f"{each.spent.prompt:,}", f"{each.spent.completion:,}", f"{each.uncertain.total:,}"]
-        + [f"{float(config.budget.cost(*each.spent)):,.2f}"]
+        + [f"{float(config.budget.cost(*each.spent)):,.2f}"] * config.budget.priced
         for each in standings
     ]
     texts = [
@@ -175,12 +175,10 @@ def tables(config: Config, standings: Sequence[Standing]) -> dict[str, tuple[lis
         ]
         for each in standings
     ]
+    tokens = ["prompt tokens", "answer tokens", "uncertain", *["cost"] * config.budget.priced]
     return {
         "tasks": (["tasks", "seeds", "proposed", "kept", "", *reasons, *answers], made),
-        "requests": (
-            ["requests", "answered", "translations", *kinds, "prompt tokens", "answer tokens", "uncertain", "cost"],
-            asked,
-        ),
+        "requests": (["requests", "answered", "translations", *kinds, *tokens], asked),
         "texts": (["texts", "with input", "first words", "words/instruction", "words/input", "words/output"], texts),
     }
 
@@ -189,7 +187,7 @@ def budget_line(config: Config, spent: Tokens) -> str:
     """What is spent against the budget."""
     budget = config.budget
     parts = [f"spent at most {spent.total:,}" + (f" of {budget.tokens:,}" if budget.tokens else "") + " tokens"]
-    if budget.prompt_price or budget.completion_price:
+    if budget.priced:
         cost = f"{float(budget.cost(*spent)):,.2f}"
         parts.append(cost + (f" of {budget.money:,.2f}" if budget.money else ""))
     return ", ".join(parts)

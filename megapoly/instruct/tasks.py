@@ -27,7 +27,7 @@ _BEGIN = re.compile(_LABEL % (r"(\d{1,4})[.)][ \t]*", "instruction"), re.IGNOREC
 _NUMBERED = re.compile(_LABEL % (r"(\d{1,4})[.)][ \t]*", "input|output"), re.IGNORECASE | re.MULTILINE)
 _PLAIN = re.compile(_LABEL % ("()", "input|output"), re.IGNORECASE | re.MULTILINE)
 _NO_INPUT = re.compile(r"<?\s*no[ _-]?input\s*>?[.。]?", re.IGNORECASE)
-_RULER = re.compile(r"(?:\n[ \t]*(?:#{3,}|-{3,}|\*{3,})[ \t]*)+\Z")
+_RULER = re.compile(r"(?:\n\s*(?:#{3,}|-{3,}|\*{3,}))+\Z")
 _LINK = re.compile(r"https?://|\bwww\.", re.IGNORECASE)
 
 
@@ -112,7 +112,7 @@ def _fields(block: str, number: str) -> Task | None:
     if [label[2].lower() for label in labels] != ["input", "output"]:
         return None
     given, answer = labels
-    instruction, output = block[: given.start()].strip(), _RULER.sub("", block[answer.end() :]).strip()
+    instruction, output = block[: given.start()].strip(), _RULER.sub("", block[answer.end() :].strip()).strip()
     if not instruction or not output:
         return None
     text = block[given.end() : answer.start()].strip()

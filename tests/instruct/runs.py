@@ -28,13 +28,18 @@ base_url = "{url}"
 key_variable = ""
 max_tokens = 600
 context = 4000
-timeout_seconds = 0.4
+timeout_seconds = 60
 backoff_seconds = 0.005
 concurrency = 4
 """
+#: With faults among which are time-outs.
+SHORT = ("--set", "endpoint.timeout_seconds=1.5")
 KINDS = ("tasks", "seeds", "dropped")
 REQUESTS = 3 + 6 + 6
 SEEDS = 8  # of which one is left out
+_ABOVE = [up / "shared/data/instructions" for up in Path(__file__).resolve().parents]
+#: Real seeds and tasks, beside the checkout of those who have them.
+REAL = next((folder for folder in _ABOVE if folder.is_dir()), _ABOVE[0])
 NEEDED = SEEDS - 1 + REQUESTS
 ROWS = bank(300)
 

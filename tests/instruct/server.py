@@ -139,19 +139,19 @@ class Endpoint:
         if kind != "no usage":
             reply["usage"] = {"prompt_tokens": spent[0], "completion_tokens": spent[1]}
         if kind == "time-out":
-            self._released.wait(2.0)
+            self._released.wait(60)
         elif kind == "429":
-            _send(handler, 429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.02"})
+            send(handler, 429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.02"})
         elif kind == "500":
-            _send(handler, 500, b"oops")
+            send(handler, 500, b"oops")
         elif kind == "malformed":
-            _send(handler, 200, json.dumps(reply).encode()[:-20])
+            send(handler, 200, json.dumps(reply).encode()[:-20])
         elif kind == "no choices":
-            _send(handler, 200, json.dumps(reply | {"choices": []}).encode())
+            send(handler, 200, json.dumps(reply | {"choices": []}).encode())
         elif kind == "closed":
             handler.close_connection = True
         else:
-            _send(handler, 200, json.dumps(reply).encode())
+            send(handler, 200, json.dumps(reply).encode())
 
     def text(self, prompt: str) -> str:
         """What a model would write."""
@@ -170,7 +170,7 @@ class Endpoint:
         return "\n\n".join(blocks)
 
 
-def _send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
     handler.send_response(status)
     for name, value in {
         "Content-Type": "application/json",

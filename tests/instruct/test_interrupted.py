@@ -28,7 +28,7 @@ def kill_and_resume(path: Path, kills: int, faulty: float, seed: int, undisturbe
             time.sleep(due[2])
             process.kill()
 
-    command = [sys.executable, "-m", "megapoly", "instruct", "generate", str(path)]
+    command = [sys.executable, "-m", "megapoly", "instruct", "generate", str(path), *(runs.SHORT if faulty else ())]
     with Endpoint(ROWS, faulty, hook=hook) as endpoint:
         path.write_text(path.read_text().replace("URL", endpoint.url))
         killed = 0
@@ -54,7 +54,7 @@ def kill_and_resume(path: Path, kills: int, faulty: float, seed: int, undisturbe
 
 
 def test_killed_at_random_requests_it_goes_on(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    kill_and_resume(runs.write(tmp_path, "URL"), 4, 0.0, 1, undisturbed)
+    kill_and_resume(runs.write(tmp_path, "URL"), 3, 0.0, 1, undisturbed)
 
 
 @pytest.mark.long
@@ -110,8 +110,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.Ca
         go_on.wait(60)
 
     with Endpoint(ROWS, hook=hook) as endpoint:
-        path = runs.write(tmp_path, endpoint.url, more="")
-        path.write_text(path.read_text().replace("timeout_seconds = 0.4", "timeout_seconds = 100"))
+        path = runs.write(tmp_path, endpoint.url)
         command = [sys.executable, "-m", "megapoly", "instruct", "generate", str(path)]
         first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         assert begun.wait(60)

