@@ -24,16 +24,6 @@ from megapoly.instruct.rouge import Pool
 from megapoly.instruct.words import load_words
 
 HEADS = ("rouge", "tasks", "kept", "words", "cut, s", "sift, s", "Mpairs/s", "peer", "ratio")
-    "instructions",
-    "number",
-    "kept",
-    "words",
-    "cutting, s",
-    "sifting, s",
-    "pairs/s",
-    "rouge-score, pairs/s",
-    "ratio",
-)
 _BLOCK = 17  # tasks of an answer
 _PEER_PAIRS = 3000  # of a turn
 

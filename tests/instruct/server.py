@@ -43,6 +43,13 @@ def bank(count: int, seed: int = 0) -> list[Row]:
     return rows
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A client has gone: some are killed."""
+
+
 class Endpoint:
     """The server, on a port that is free.
 
@@ -86,8 +93,7 @@ class Endpoint:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> Endpoint:
