@@ -81,6 +81,7 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
         ("megapoly/instruct/words.py", "icu4py"),
     }
 )
+SCHEMAS = ("megapoly.config_schema", "megapoly.instruct.config")
 COLLECTIVE = re.compile(
     r"(batch_|monitored_)?(all_reduce|all_gather|reduce|reduce_scatter|broadcast|gather|scatter|all_to_all|barrier"
     r"|i?send|i?recv)(_.*)?"
@@ -314,7 +315,11 @@ def receivers(tree: ast.AST, usual: dict[str, set[str]]) -> dict[str, set[str]]:
 
 def check_config_keys(sources: Sources) -> list[str]:
     """Keys that no code reads. A check is no use of a key, a property of its section is."""
-    config = sources["megapoly.config_schema"]
+    schemas = [sources[name] for name in SCHEMAS if name in sources]
+    return [problem for schema in schemas for problem in _unread_keys(schema, sources)]
+
+
+def _unread_keys(config: Source, sources: Sources) -> list[str]:
     sections = config_sections(config)
     usual = {section: {section.lower(), "config"} if section == "Schema" else {section.lower()} for section in sections}
     for fields in sections.values():

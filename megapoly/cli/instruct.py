@@ -30,7 +30,9 @@ instruct_app = typer.Typer(help="Tasks in many languages, written by a model (se
 
 @instruct_app.command("generate")
 def instruct_generate(
-    config: Annotated[Path, typer.Argument(help="TOML file, such as examples/instruct/multialpaca.toml.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file, such as examples/instruct/multialpaca.toml.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as rounds.count=3.")
     ] = None,
@@ -52,20 +54,20 @@ def instruct_generate(
     from megapoly.instruct import config as configuration
     from megapoly.instruct import tasks
 
-    loaded = configuration.load(config, overrides or [])
-    chosen = list(dict.fromkeys(languages or loaded.languages))
-    unknown = [code for code in chosen if code not in loaded.languages]
+    config = configuration.load(path, overrides or [])
+    chosen = list(dict.fromkeys(languages or config.languages))
+    unknown = [code for code in chosen if code not in config.languages]
     if unknown:
-        raise ConfigError(f"--language {unknown[0]}: the config has {', '.join(loaded.languages)}")
-    seeds = tasks.read_seeds(loaded.seeds)
-    left_out = set(loaded.leave_out) - {seed.id for seed in seeds}
+        raise ConfigError(f"--language {unknown[0]}: the config has {', '.join(config.languages)}")
+    seeds = tasks.read_seeds(config.seeds)
+    left_out = set(config.leave_out) - {seed.id for seed in seeds}
     if left_out:
-        raise ConfigError(f"{config}: leave_out: {loaded.seeds} has no seed {sorted(left_out)[0]!r}")
-    seeds = [seed for seed in seeds if seed.id not in loaded.leave_out]
-    by_language = {code: tasks.read_seeds(path) if (path := loaded.languages[code].seeds) else seeds for code in chosen}
+        raise ConfigError(f"{path}: leave_out: {config.seeds} has no seed {sorted(left_out)[0]!r}")
+    seeds = [seed for seed in seeds if seed.id not in config.leave_out]
+    by_language = {code: tasks.read_seeds(own) if (own := config.languages[code].seeds) else seeds for code in chosen}
     if dry_run:
-        _show_plan(loaded, by_language, seeds_only)
-    elif not _generate(loaded, by_language, seeds_only):
+        _show_plan(config, by_language, seeds_only)
+    elif not _generate(config, by_language, seeds_only):
         raise typer.Exit(1)
 
 

@@ -142,12 +142,13 @@ class Config(_Section):
 
     def name(self, code: str) -> str:
         """What prompts call a language."""
-        given = self.languages[code].name if code in self.languages else None
-        return given or NAMES[code.split("-")[0]]
+        language = self.languages.get(code, Language())
+        return language.name or NAMES[code.split("-")[0]]
 
     def overlap(self, code: str) -> Fraction:
         """The most ROUGE-L of an input with its instruction."""
-        given = self.languages[code].input_overlap
+        language = self.languages[code]
+        given = language.input_overlap
         if given is None:
             given = INPUT_OVERLAP.get(code.split("-")[0], self.filter.input_overlap)
         return Fraction(str(given))
@@ -184,8 +185,8 @@ def _problem(config: Config) -> str | None:
     if not config.languages:
         return 'languages is empty; name some, such as languages = ["es", "th"]'
     for code in [*config.languages, config.seeds_language]:
-        given = config.languages[code].name if code in config.languages else None
-        if given is None and code.split("-")[0] not in NAMES:
+        language = config.languages.get(code, Language())
+        if language.name is None and code.split("-")[0] not in NAMES:
             return f'language {code!r} has no name here; give it one, [languages.{code}] name = "..."'
         if not code.replace("-", "").isalnum() or not code.isascii():
             return f"language {code!r}: a code is letters, digits and -, such as pt-BR"

@@ -240,7 +240,8 @@ class LanguageRun:
 
 def needs_translation(config: Config, code: str) -> bool:
     """Whether the model has to translate the seeds first."""
-    return code != config.seeds_language and config.languages[code].seeds is None
+    language = config.languages[code]
+    return code != config.seeds_language and language.seeds is None
 
 
 def prompt_form(config: Config) -> prompts.Form:
