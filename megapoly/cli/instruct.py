@@ -98,6 +98,8 @@ def _show_report(config: Config, standings: Any) -> None:
             table.add_row(*row)
         print_whole(table)
     print(report.budget_line(config, report.total(standings)))
+    if any(each.uncertain.total for each in standings):
+        print("uncertain: the most that requests can have cost that were interrupted, or went wrong at the server")
 
 
 def _show_plan(config: Config, seeds: dict[str, list[Seed]], seeds_only: bool) -> None:

@@ -50,10 +50,6 @@ class Account:
         self._budget = budget
         self.spent, self._held = spent, Tokens()
 
-    @property
-    def cost(self) -> Fraction:
-        return self._budget.cost(*self.spent)
-
     def allows(self, reserved: Tokens) -> bool:
         """Whether one request more cannot exceed the budget, whatever comes of those under way."""
         most, budget = self.spent.plus(self._held).plus(reserved), self._budget

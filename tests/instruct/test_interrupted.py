@@ -54,7 +54,7 @@ def kill_and_resume(path: Path, kills: int, faulty: float, seed: int, undisturbe
 
 
 def test_killed_at_random_requests_it_goes_on(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    kill_and_resume(runs.write(tmp_path, "URL"), 3, 0.0, 1, undisturbed)
+    kill_and_resume(runs.write(tmp_path, "URL"), 2, 0.0, 1, undisturbed)
 
 
 @pytest.mark.long
