@@ -49,13 +49,17 @@ WITHOUT_TORCH = (
     "data.plan",
     "data.plan_document",
     "data.segments",
+    "instruct.asking",
+    "instruct.endpoint",
+    "instruct.plan",
+    "instruct.report",
     "models.cost",
     "plan.activations",
     "plan.memory",
     "plan.fit",
     "plan.report",
 )
-READS_ENVIRONMENT = ("megapoly/launch.py",)
+READS_ENVIRONMENT = ("megapoly/launch.py", "megapoly/instruct/endpoint.py")  # the latter for an API key
 # Optional extras that one file may import inside a function: (file, package).
 OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
     {
@@ -65,14 +69,19 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
         ("kernels/megapoly_kernels/apex_ops.py", "amp_C"),
         ("kernels/megapoly_kernels/apex_ops.py", "fused_layer_norm_cuda"),
         ("kernels/megapoly_kernels/attention.py", "flash_attn"),
+        ("megapoly/bench/rouge.py", "rouge_score"),
         ("megapoly/checkpoint/verification.py", "transformers"),
         ("megapoly/charts/figure.py", "matplotlib"),
         ("megapoly/data/compression.py", "zstandard"),
         ("megapoly/data/huggingface.py", "tokenizers"),
         ("megapoly/data/huggingface_export.py", "tokenizers"),
         ("megapoly/data/parquet.py", "pyarrow"),
+        ("megapoly/instruct/endpoint.py", "openai"),
+        ("megapoly/instruct/rouge.py", "rapidfuzz"),
+        ("megapoly/instruct/words.py", "icu4py"),
     }
 )
+SCHEMAS = ("megapoly.config_schema", "megapoly.instruct.config")
 COLLECTIVE = re.compile(
     r"(batch_|monitored_)?(all_reduce|all_gather|reduce|reduce_scatter|broadcast|gather|scatter|all_to_all|barrier"
     r"|i?send|i?recv)(_.*)?"
@@ -306,7 +315,11 @@ def receivers(tree: ast.AST, usual: dict[str, set[str]]) -> dict[str, set[str]]:
 
 def check_config_keys(sources: Sources) -> list[str]:
     """Keys that no code reads. A check is no use of a key, a property of its section is."""
-    config = sources["megapoly.config_schema"]
+    schemas = [sources[name] for name in SCHEMAS if name in sources]
+    return [problem for schema in schemas for problem in _unread_keys(schema, sources)]
+
+
+def _unread_keys(config: Source, sources: Sources) -> list[str]:
     sections = config_sections(config)
     usual = {section: {section.lower(), "config"} if section == "Schema" else {section.lower()} for section in sections}
     for fields in sections.values():

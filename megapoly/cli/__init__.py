@@ -17,6 +17,7 @@ from megapoly.cli.common import SETTINGS
 from megapoly.cli.convert import convert
 from megapoly.cli.data import data_app
 from megapoly.cli.generate import generate_texts
+from megapoly.cli.instruct import instruct_app
 from megapoly.cli.plan import plan_app
 from megapoly.cli.tokenizer import tokenizer_app
 from megapoly.errors import MegapolyError
@@ -32,6 +33,7 @@ for name, part in (
     ("data", data_app),
     ("plan", plan_app),
     ("checkpoint", checkpoint_app),
+    ("instruct", instruct_app),
     ("bench", bench_app),
 ):
     app.add_typer(part, name=name)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from megapoly.cli.common import SETTINGS, JsonFile, make_table, print_whole, write_rows
+from megapoly.cli.inputs import LanguageFiles, language_files
 from megapoly.errors import ConfigError
 
 Save = Annotated[Path | None, typer.Option(help="Folder for the report, as JSON and as a Markdown table.")]
@@ -248,6 +249,27 @@ def _draw(rows: list[dict[str, Any]], device: str, path: Path) -> None:
 
     save_figure(draw_kernels(rows, device), path)
     print(path)
+
+
+@bench_app.command("rouge")
+def bench_rouge(
+    inputs: LanguageFiles,
+    tasks: Annotated[int, typer.Option(min=1, help="Candidates; what the files lack is made of their words.")] = 15000,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; the median counts.")] = 3,
+    json_file: JsonFile = None,
+    save: Save = None,
+) -> None:
+    """The similarity filter of instruct: a whole language's instructions into a growing pool, beside rouge-score.
+
+    [bold]Example:[/bold] megapoly bench rouge es=multialpaca.es.jsonl.gz ja=multialpaca.ja.jsonl.gz
+    """
+    from megapoly.bench import report, rouge
+
+    options = rouge.Options(language_files(inputs), tasks, repeats)
+    with Console(stderr=True).status("") as status:
+        rows = rouge.measure(options, status.update)
+    document = report.make_report(rows, report.cpu_name(), rouge.settings(options))
+    _tell(document, "rouge", rouge, json_file, save)
 
 
 class _Style(Protocol):

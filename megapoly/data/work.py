@@ -7,11 +7,8 @@ process and its workers and ends with the last of them, however that comes.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +21,12 @@ from megapoly.data import pieces
 from megapoly.data.documents import Options
 from megapoly.data.files import write_whole
 from megapoly.data.indexed import part
+from megapoly.data.lock import lock_folder
 from megapoly.data.merge import Assembly
 from megapoly.data.naming import NewDataset
 from megapoly.data.sidecar import Sidecar
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
-
-_ORPHANS_SECONDS = 20.0  # workers end at once after their parent, unless a slow disk holds them
 
 
 class InputFile(pydantic.BaseModel, frozen=True):
@@ -140,7 +136,7 @@ class Work:
         folder = part(prefix, ".build")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = _locked(folder)
+            lock = lock_folder(folder, "a build is running there", "wait for its end, or choose another name")
         except OSError as error:
             raise DataError(f"{folder}: cannot be written ({error})") from error
         work = cls(folder, prefix, lock)
@@ -252,61 +248,6 @@ class Work:
         (self.folder / "job.json").unlink(missing_ok=True)
         self._removed = True
         shutil.rmtree(self.folder)
-
-
-def _locked(folder: Path) -> int:
-    """Lock a folder that may be made for it, or be removed by who had the lock before."""
-    deadline = time.monotonic() + _ORPHANS_SECONDS
-    while True:
-        folder.mkdir(exist_ok=True)
-        path = folder / "lock"
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, json.dumps([os.uname().nodename, os.getpid()]).encode(), 0)
-                return lock
-            os.close(lock)
-        except BlockingIOError:
-            owner = os.pread(lock, 1000, 0)
-            os.close(lock)
-            if _alive(owner) or time.monotonic() > deadline:
-                raise DataError(
-                    f"{folder}: a build is running there ({_owner(owner)}); wait for its end, or choose another name"
-                ) from None
-            time.sleep(0.05)
-        except BaseException:
-            os.close(lock)
-            raise
-
-
-def _owner(written: bytes) -> str:
-    try:
-        node, process = json.loads(written)
-    except ValueError:
-        return "of an unknown process"
-    return f"process {process} on {node}"
-
-
-def _alive(written: bytes) -> bool:
-    """Whether who holds a lock is known to run; its workers may still hold the lock a moment after its death."""
-    try:
-        node, process = json.loads(written)
-    except ValueError:
-        return False
-    if node != os.uname().nodename:
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -13,6 +13,7 @@ import pytest
 from megapoly.config import Config, Model, load
 from megapoly.data.curriculum import stages_of
 from megapoly.data.segments import Source
+from megapoly.instruct.config import load as load_instruct
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 POLYLM = {"1.7b": load(EXAMPLES / "polylm/1.7b.toml"), "13b": load(EXAMPLES / "polylm/13b.toml")}
@@ -98,7 +99,9 @@ def test_two_sizes_train_on_the_same_mixture() -> None:
 
 
 def test_the_readmes_config_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```toml\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```toml\n(\[model\].*?)```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert len(blocks) == 1
     (tmp_path / "run.toml").write_text(blocks[0], encoding="utf-8")
     assert load(tmp_path / "run.toml").on(8).mesh.dp == 8
@@ -110,3 +113,29 @@ def test_the_readmes_config_runs(tmp_path: Path) -> None:
 def test_shell_scripts_parse(script: str) -> None:
     checked = subprocess.run(["bash", "-n", EXAMPLES.parent / script], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_self_instruct_has_the_numbers_of_multialpaca() -> None:
+    config = load_instruct(EXAMPLES / "instruct/multialpaca.toml")
+    assert sorted(config.languages) == ["ar", "de", "es", "fr", "id", "ja", "ko", "pt", "ru", "th", "vi"]
+    rounds = config.rounds
+    assert (rounds.count, rounds.requests, rounds.first, rounds.seeds, rounds.pool, rounds.tasks) == (
+        10,
+        100,
+        10,
+        2,
+        1,
+        17,
+    )
+    overlaps = {code: float(config.overlap(code)) for code in config.languages}
+    assert {code: value for code, value in overlaps.items() if value != 0.5} == {"ko": 0.3, "vi": 0.3, "ar": 0.2}
+    assert config.filter.similarity == 0.7
+    assert config.endpoint is not None
+    assert config.endpoint.context == 4096
+
+
+def test_self_instruct_of_the_readme_is_a_config(tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(directory = .*?)```", page, re.DOTALL)
+    (tmp_path / "instruct.toml").write_text(block)
+    assert list(load_instruct(tmp_path / "instruct.toml").languages) == ["es", "th", "ja"]
