@@ -42,7 +42,7 @@ LAUNCH_DQ: Table = {
     (90, 4, 256): Launch({"BLOCK_M": 16, "BLOCK_N": 16}, warps=16, stages=1),
 }  # fmt: skip
 LAUNCH_DKDV: Table = {
-    (80, 2, 64): Launch({"BLOCK_M": 32, "BLOCK_N": 128}, warps=8, stages=2),
+    (80, 2, 64): Launch({"BLOCK_M": 32, "BLOCK_N": 64}, warps=8, stages=2),
     (80, 2, 128): Launch({"BLOCK_M": 32, "BLOCK_N": 64}, warps=8, stages=2),
     (80, 2, 256): Launch({"BLOCK_M": 16, "BLOCK_N": 64}, warps=8, stages=1),
     (80, 4, 64): Launch({"BLOCK_M": 32, "BLOCK_N": 32}, warps=8, stages=1),

@@ -38,6 +38,7 @@ LAUNCH_FORWARD: Table = {
 # With ALiBi, which takes registers.
 LAUNCH_FORWARD_ALIBI: Table = {
     **LAUNCH_FORWARD,
+    (80, 2, 256): Launch({"BLOCK_M": 64, "BLOCK_N": 64}, warps=8, stages=1),
     (90, 2, 128): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, warps=8, stages=3),
 }
 
