@@ -186,13 +186,13 @@ def _check_data(config: Schema) -> None:
     languages = {name: source.language for name, source in data.sources.items()}
     for i, stage in enumerate(data.stages):
         where = f"data.stages.{i} ({stage.name})"
+        if (stage.tokens is None) == (stage.epochs is None):
+            found = "both" if stage.tokens is not None else "none of them"
+            raise ConfigError(f"{where}: its length is given by tokens or by epochs; found {found}")
         try:
             groups_of(stage, languages)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        if (stage.tokens is None) == (stage.epochs is None):
-            found = "both" if stage.tokens is not None else "none of them"
-            raise ConfigError(f"{where}: its length is given by tokens or by epochs; found {found}")
         if stage.gradual and not i:
             raise ConfigError(f"{where}: gradual moves from the weights of the stage before, and there is none")
         # Compared with its default: a config that was written out names every key.

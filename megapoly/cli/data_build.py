@@ -56,7 +56,7 @@ def data_build(
     ] = None,
     longest: Annotated[
         int,
-        typer.Option(min=0, help="Leave out examples of instructions of more tokens; 0: than a pack's, if there are."),
+        typer.Option(min=0, help="Most tokens of an example of instructions; longer ones are left out. 0: a pack's."),
     ] = 0,
     key_field: Annotated[str, typer.Option(help="Field that, where present, decides what is held out.")] = "key",
     validation: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.001,

@@ -41,8 +41,9 @@ def settle(config: Config, datasets: Mapping[str, Dataset]) -> tuple[Config, lis
         settled = stage
         if stage.epochs is not None:
             settled, used = _settled(config, stage, windows)
+            epochs = f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
             lines.append(
-                f"stage {stage.name!r}: {stage.epochs:g} epochs of {used:,} windows are {settled.tokens:,} tokens,"
+                f"stage {stage.name!r}: {epochs} of {used:,} windows are {settled.tokens:,} tokens,"
                 f" {(settled.tokens or 0) // config.step_tokens:,} global batches"
             )
         stages.append(settled)
