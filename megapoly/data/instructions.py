@@ -71,7 +71,7 @@ def to_example(record: Record, template: Template, fields: Sequence[str] = ()) -
     except UnicodeEncodeError as error:
         what = f"holds half a surrogate pair, which is not text: {error}"
         raise record.error(what, "half a surrogate pair") from error
-    return Example(tuple(rounds), size, key, record._replace(values={}))
+    return Example(tuple(rounds), size, key, Record(record.path, record.line, {}, record.unit, record.base))
 
 
 def _chat(record: Record, template: Template, field: str) -> tuple[list[tuple[str, str]], str]:
