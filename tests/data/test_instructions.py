@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -428,3 +429,26 @@ def test_a_smaller_vocabulary_is_refused(folder, model):
     options = {"separate_documents": True, "with_tokens": True}
     with pytest.raises(DataError, match=f"its tokenizer has {model.vocabulary} tokens, and the vocabulary is 419"):
         read(plan, {"x": dataset}, np.arange(1), vocabulary=419, **options)
+
+
+# Real text
+
+PLACES = [folder / "shared" / "data" / "instructions" for folder in Path(__file__).resolve().parents[2:]]
+SHARED = next((place for place in PLACES if place.exists()), None)
+
+
+@pytest.mark.skipif(SHARED is None, reason="MultiAlpaca is not part of the repository")
+@pytest.mark.parametrize("language", ["es", "ja", "pt"])
+def test_multialpaca(tmp_path, model, language):
+    """Every record is in a pack, or named among those that were left out; the sampled ones by hand."""
+    path = SHARED / f"multialpaca.{language}.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()[:2000]]
+    side = built(tmp_path, rows, model, assembly=Assembly(pack=1024), bad_records="skip")
+    left_out = sum(each.records for each in side.skipped)
+    found = examples_in(tmp_path / "d") + examples_in(tmp_path / "d", held=True)
+    assert len(found) + left_out == len(rows)
+    assert side.padding.tokens / side.tokens < 0.02
+    known = {tuple(tokens): learned for tokens, learned in found}
+    for row in rows[::50]:
+        tokens, learned = by_hand(model, PLAIN, row)
+        assert len(tokens) > 1024 or known[tuple(tokens)] == learned
