@@ -186,6 +186,9 @@ def _check_data(config: Schema) -> None:
     languages = {name: source.language for name, source in data.sources.items()}
     for i, stage in enumerate(data.stages):
         where = f"data.stages.{i} ({stage.name})"
+        if (stage.tokens is None) == (stage.epochs is None):
+            found = "both" if stage.tokens is not None else "none of them"
+            raise ConfigError(f"{where}: its length is given by tokens or by epochs; found {found}")
         try:
             groups_of(stage, languages)
         except ConfigError as error:
@@ -195,7 +198,7 @@ def _check_data(config: Schema) -> None:
         # Compared with its default: a config that was written out names every key.
         if stage.weights is not None and stage.alpha != type(stage).model_fields["alpha"].default:
             raise ConfigError(f"{where}: alpha has nothing to split, since weights are of sources; remove it")
-        if stage.tokens % config.step_tokens:
+        if stage.tokens is not None and stage.tokens % config.step_tokens:
             below = stage.tokens // config.step_tokens * config.step_tokens
             nearest = [str(tokens) for tokens in (below, below + config.step_tokens) if tokens]
             raise ConfigError(
@@ -210,6 +213,8 @@ def _check_data(config: Schema) -> None:
 
 
 def _check_schedule(config: Schema) -> None:
+    if not config.settled:
+        return
     optimizer, total = config.optimizer, config.total_tokens
     if optimizer.warmup_tokens >= total:
         raise ConfigError(
@@ -251,7 +256,7 @@ def check_batch(config: Schema) -> None:
             " ranks, layout.micro_batch, or, which changes the run itself, train.global_batch (the nearest that fits"
             f" is {nearest})"
         )
-    if train.batch_ramp is None:
+    if train.batch_ramp is None or not config.settled:
         return
     _check_ramp(config, train.batch_ramp)
     for size in config.batches.sizes:

@@ -158,10 +158,15 @@ class Source(_Section):
 
 
 class Stage(_Section):
-    """A part of the curriculum: so many tokens of a mixture, given in one of three forms."""
+    """A part of the curriculum: so many tokens, or epochs, of a mixture, given in one of three forms."""
 
     name: str
-    tokens: PositiveInt
+    tokens: PositiveInt | None = None
+    epochs: PositiveFloat | None = Field(
+        None,
+        description="in place of tokens: passes over all windows of the stage's sources, up to a whole global batch;"
+        " without a mixture every source comes as often",
+    )
     weights: dict[str, Share] | None = Field(None, min_length=1, description="share of the samples by source; sum 1")
     languages: dict[str, Share] | None = Field(
         None, min_length=1, description="share by language, or pattern of languages such as 'en-*' or '*'; sum 1"
@@ -206,6 +211,11 @@ class Data(_Section):
         description="a plan above a cap: refused, or the others of the same share take the place of the source",
     )
     separate_documents: bool = Field(False, description="no attention across documents; positions restart")
+    loss: Literal["responses", "all"] = Field(
+        "responses",
+        description="what is learned of instructions: the responses alone, or all; text is learned whole. Validation"
+        " counts the responses",
+    )
     slow_seconds: PositiveFloat = Field(10.0, description="a step that waits longer for its data says for which file")
     timeout_seconds: PositiveFloat = Field(300.0, description="a step that waits longer for its data ends the run")
 
@@ -315,8 +325,14 @@ class Schema(_Section):
         return self.train.global_batch // (self.layout.micro_batch * self.mesh.dp)
 
     @property
+    def settled(self) -> bool:
+        """Whether the length of every stage is known in tokens: that of epochs is when the data is opened."""
+        return all(stage.tokens is not None for stage in self.data.stages)
+
+    @property
     def total_tokens(self) -> int:
-        return sum(stage.tokens for stage in self.data.stages)
+        assert self.settled, "megapoly.data.epochs.settle comes first"
+        return sum(stage.tokens or 0 for stage in self.data.stages)
 
     @property
     def step_tokens(self) -> int:

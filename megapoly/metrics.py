@@ -161,7 +161,12 @@ class Recorder:
             if count and size
         }
         losses, bits = ({name: row[i] for name, row in rows.items()} for i in (0, 1))
-        self._event("validation", at=at, step=step, tokens=tokens, loss=losses, bits_per_byte=bits)
+        by_language = self._by_language(sums, counts)
+        self._event(
+            "validation", at=at, step=step, tokens=tokens, loss=losses, bits_per_byte=bits, loss_by_language=by_language
+        )
+        for language, loss in by_language.items():
+            self._scalar(f"validation/loss by language/{language}", loss, tokens)
         for name in rows:
             self._scalar(f"validation/bits_per_byte/{name}", bits[name], tokens)
             self._scalar(f"validation/loss/{name}", losses[name], tokens)
@@ -175,6 +180,8 @@ class Recorder:
         )
         self.note(f"held-out text, bits per byte, {when}, {_si(tokens)} tokens:")
         self.note(Columns((f"{name} {value:.2f}" for name, value in bits.items()), padding=(0, 3)))
+        self.note("loss by language:")
+        self.note(Columns((f"{language} {loss:.4f}" for language, loss in by_language.items()), padding=(0, 3)))
 
     def close(self) -> None:
         if not self.active:

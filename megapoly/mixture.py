@@ -42,7 +42,7 @@ def non_english_part(language: str) -> float:
 
 
 def groups_of(stage: Stage, languages: Mapping[str, str]) -> tuple[Group, ...]:
-    """The groups of a stage; their shares sum to 1.
+    """The groups of a stage; their shares sum to 1. Epochs without a mixture are of all sources.
 
     Args:
         languages: of every source, by its name.
@@ -58,6 +58,8 @@ def groups_of(stage: Stage, languages: Mapping[str, str]) -> tuple[Group, ...]:
         return _by_languages(stage, languages)
     if given in (["non_english"], ["languages", "non_english"]):
         return _by_non_english(stage, languages)
+    if not given and stage.epochs is not None:
+        return (Group("epochs", 1.0, tuple(languages)),)
     raise ConfigError(
         f"a mixture is given by weights (of sources), by languages (shares of theirs), or by non_english, which"
         f" languages may stand beside; found {' and '.join(given) or 'none of them'}"

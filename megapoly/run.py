@@ -15,14 +15,16 @@ from megapoly.checkpoint.background import Writer
 from megapoly.checkpoint.state import Counters
 from megapoly.config import Config
 from megapoly.context import ParallelContext
+from megapoly.data.epochs import settle
 from megapoly.data.files import write_whole
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.loader import open_datasets
 from megapoly.data.plan import Plan, check_datasets, edited_plan, plan_from_config
 from megapoly.data.samples import check_pack
+from megapoly.data.templates import Template
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import Engine
-from megapoly.errors import CheckpointError, ConfigError, MegapolyError, everywhere
+from megapoly.errors import CheckpointError, ConfigError, DataError, MegapolyError, everywhere
 from megapoly.stability import Branch, Guards
 from megapoly.stragglers import Stragglers
 from megapoly.watchdog import Standing
@@ -46,6 +48,8 @@ class Run:
         edits: where its config has another curriculum than the checkpoint, lines that say so.
         saved_step: of the newest checkpoint, -1 where there is none.
         writer: of checkpoints in the background, where the config asks for it.
+        lengths: where stages are given in epochs, lines that say how long they are.
+        template: of the instructions that it trains on, or that the weights it began with were trained on.
         doing: what this rank is at, for its watchdog.
     """
 
@@ -59,6 +63,8 @@ class Run:
     resumed_from: Path | None
     edits: list[str] = field(default_factory=list)
     began: list[str] = field(default_factory=list)
+    lengths: list[str] = field(default_factory=list)
+    template: Template | None = None
     branch: Branch = field(default_factory=Branch)
     counters: Counters = field(default_factory=Counters)
     saved_step: int = -1
@@ -93,6 +99,7 @@ class Run:
             self.engine.optimizer,
             self.context,
             tokenizer=self.tokenizer.sha256,
+            template=self.template,
             guards={
                 "stability": self.guards.state(),
                 "scaler": None if scaler is None else scaler.state(),
@@ -151,7 +158,7 @@ def prepare(config: Config, context: ParallelContext, resume: Resume = "never", 
         timeout = datetime.timedelta(seconds=config.layout.timeout_seconds)
         run.writer = Writer(context.another_control("saving", timeout))
     if path is None or run.edits:
-        agree(context, lambda: _write_config(config) if context.rank == 0 else None)
+        agree(context, lambda: _write_config(run.config) if context.rank == 0 else None)
     return run
 
 
@@ -185,7 +192,8 @@ def _check_same(config: Config, context: ParallelContext) -> None:
 
 def _prepare(config: Config, context: ParallelContext, path: Path | None, first: Path | None) -> Run:
     """Open data, build the engine, and take the run's state from a checkpoint, its weights from one, or the seed's."""
-    tokenizer, datasets = open_data(config)
+    config, tokenizer, datasets, lengths = open_data(config)
+    template = template_of(datasets)
     reader = None if path is None else store.Reader(path)
     if reader is not None:
         state.check_identity(reader, config)
@@ -196,6 +204,8 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None, first:
     plan, edits = _plan(config, datasets, reader)
     engine = Engine(config, context)
     run = Run(config, context, engine, plan, datasets, tokenizer, Guards(config.stability), path, edits)
+    run.lengths = lengths
+    run.template = template or _template_before(reader, initial)
     if initial is not None:
         weights.load_initial(initial, config, engine.optimizer)
         unknown = "" if initial.tokenizer_sha256 else ", which does not tell the tokenizer that it was trained with"
@@ -209,12 +219,23 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None, first:
     return run
 
 
-def open_data(config: Config) -> tuple[Tokenizer, dict[str, IndexedDataset]]:
-    """The tokenizer and the datasets of a run, by source name, where they fit its model and its sequences.
+def _template_before(reader: store.Reader | None, initial: weights.Weights | None) -> Template | None:
+    """Of the checkpoint that the run goes on from or begins with."""
+    if reader is not None:
+        return state.read_template(reader.path, reader.meta)
+    return None if initial is None else weights.template_of(initial)
+
+
+def open_data(config: Config) -> tuple[Config, Tokenizer, dict[str, IndexedDataset], list[str]]:
+    """The data of a run, where it fits its model and its sequences.
+
+    Returns:
+        The config with the lengths of its stages in tokens, the tokenizer, the datasets by source name, and lines for
+        people about those lengths (:func:`megapoly.data.epochs.settle`).
 
     Raises:
-        ConfigError: a vocabulary that is smaller than the tokenizer's.
-        DataError: what :func:`open_datasets` and :func:`check_pack` refuse.
+        ConfigError: a vocabulary that is smaller than the tokenizer's, or what :func:`settle` refuses.
+        DataError: what :func:`open_datasets`, :func:`check_pack` and :func:`settle` refuse.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocabulary > config.model.vocabulary:
@@ -225,17 +246,45 @@ def open_data(config: Config) -> tuple[Tokenizer, dict[str, IndexedDataset]]:
     datasets = open_datasets(config.data, tokenizer)
     for name, dataset in datasets.items():
         check_pack(name, dataset, config.train.sequence, config.data.separate_documents)
-    return tokenizer, datasets
+    config, lengths = settle(config, datasets)
+    return config, tokenizer, datasets, lengths
+
+
+def template_of(datasets: Mapping[str, IndexedDataset]) -> Template | None:
+    """The template of a run's instructions; None where it has none.
+
+    Raises:
+        DataError: there are several.
+    """
+    found = {
+        name: dataset.sidecar.instructions
+        for name, dataset in datasets.items()
+        if dataset.sidecar is not None and dataset.sidecar.instructions is not None
+    }
+    first = next(iter(found), None)
+    for name, template in found.items():
+        if first is not None and template != found[first]:
+            raise DataError(
+                f"sources {first!r} and {name!r} were built with templates {found[first]!r} and {template!r}, and a"
+                " model keeps one to be asked with; build both with one --template"
+            )
+    return None if first is None else found[first]
 
 
 def unchecked(datasets: Mapping[str, IndexedDataset]) -> list[str]:
     """Lines for people about datasets that are trusted more than checked, and that are not validated."""
     bare = [f"{name!r} ({dataset.prefix})" for name, dataset in datasets.items() if dataset.sidecar is None]
+    streams = [repr(name) for name, dataset in datasets.items() if dataset.marked and not dataset.pack]
     none = [repr(name) for name, dataset in datasets.items() if dataset.tokens == dataset.train_tokens]
     lines = []
     if bare:
         lines.append(
             f"without a .json, so that tokenizer, language, bytes and held-out part are unknown: {', '.join(bare)}"
+        )
+    if streams:
+        lines.append(
+            f"instructions in a stream, whose windows cut examples, so that answers are learned without their prompts:"
+            f" {', '.join(streams)}; `megapoly data build --pack` keeps them whole"
         )
     if none:
         lines.append(f"not validated, since nothing of them is held out: {', '.join(none)}")

@@ -63,7 +63,7 @@ def _announce(run: Run, recorder: Recorder) -> None:
         if counters.tokens < ramp_tokens:
             several = ", ".join(map(str, sizes[:-1])) if len(sizes) < 8 else f"{sizes[0]}, {sizes[1]}, ... {sizes[-2]}"
             recorder.note(f"global batches of {several} samples up to {ramp_tokens:,} tokens, then {sizes[-1]}")
-        for line in unchecked(run.datasets):
+        for line in [*run.lengths, *unchecked(run.datasets)]:
             recorder.note(line)
     if run.resumed_from is not None:
         branch = f" of branch {run.branch.number}" if run.branch.number else ""

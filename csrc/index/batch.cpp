@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -21,10 +22,34 @@ std::int64_t item_size(int code) {
     return with_token_type(code, [](auto token) { return static_cast<std::int64_t>(sizeof(token)); });
 }
 
+// What ids of a marked dataset stand for, in the narrow type, which the compiler does many at a time.
+template <typename Token, typename Id>
+void unmark(const Token* ids, std::int64_t marked, bool all, std::int64_t held, std::int64_t there, Id* tokens,
+            Id* labels) {
+    using Narrow = std::make_unsigned_t<Token>;
+    const auto first = static_cast<Narrow>(marked);  // in its range: larger ids would not be in the file's
+    for (std::int64_t i = 0; i < held; ++i) {
+        const auto id = static_cast<Narrow>(ids[i]);
+        tokens[i] = static_cast<Id>(static_cast<Narrow>(id - (id >= first ? first : Narrow{0})));
+    }
+    if (all) {
+        for (std::int64_t i = 0; i + 1 < there; ++i) {
+            const auto id = static_cast<Narrow>(ids[i + 1]);
+            labels[i] = static_cast<Id>(static_cast<Narrow>(id - (id >= first ? first : Narrow{0})));
+        }
+        return;
+    }
+    for (std::int64_t i = 0; i + 1 < there; ++i) {
+        const auto id = static_cast<Narrow>(ids[i + 1]);
+        const Id token = static_cast<Id>(static_cast<Narrow>(id - first));
+        labels[i] = id >= first ? token : Id{kNotCounted};
+    }
+}
+
 // Tokens and labels of one row, as far as there are any before `limit`.
 template <typename Token, typename Id>
-void fill_tokens(const Tokens& from, std::int64_t start, std::int64_t length, std::int64_t limit,
-                 std::vector<Token>& window, Id* tokens, Id* labels) {
+void fill_tokens(const Tokens& from, std::int64_t marked, bool all, std::int64_t start, std::int64_t length,
+                 std::int64_t limit, std::vector<Token>& window, Id* tokens, Id* labels) {
     const std::int64_t there = std::min(length + 1, limit - start), held = std::min(there, length);
     const Token* ids = window.data();
     read_exactly(from.path, from.descriptor, window.data(), static_cast<std::size_t>(there) * sizeof(Token),
@@ -42,8 +67,12 @@ void fill_tokens(const Tokens& from, std::int64_t start, std::int64_t length, st
     if (seen > largest)
         for (std::int64_t i = 0; i < there; ++i)
             if (outside(ids[i])) refuse_id(from, start + i, static_cast<std::int64_t>(ids[i]));
-    for (std::int64_t i = 0; i < held; ++i) tokens[i] = static_cast<Id>(ids[i]);
-    for (std::int64_t i = 0; i + 1 < there; ++i) labels[i] = static_cast<Id>(ids[i + 1]);
+    if (marked > 0) {
+        unmark(ids, marked, all, held, there, tokens, labels);
+    } else {
+        for (std::int64_t i = 0; i < held; ++i) tokens[i] = static_cast<Id>(ids[i]);
+        for (std::int64_t i = 0; i + 1 < there; ++i) labels[i] = static_cast<Id>(ids[i + 1]);
+    }
     std::fill(tokens + held, tokens + length, Id{0});
     std::fill(labels + there - 1, labels + length, Id{kNotCounted});
 }
@@ -57,14 +86,29 @@ Descriptor::Descriptor(const std::string& path, int opened) : number_(::fcntl(op
 Descriptor::~Descriptor() { ::close(number_); }
 
 Dataset::Dataset(std::string bin_path, int bin, int code, std::int64_t tokens, std::string idx_path, int idx,
-                 std::int64_t sequences, std::int64_t documents, std::int64_t padding)
+                 std::int64_t sequences, std::int64_t documents, std::int64_t padding, std::int64_t marked)
     : bin_path_(std::move(bin_path)),
       bin_(bin_path_, bin),
       idx_(idx_path, idx),
       code_(code),
       count_(tokens),
-      padding_(padding),
-      boundaries_({std::move(idx_path), idx_.number(), sequences, documents, tokens, item_size(code)}) {}
+      padding_(padding < 0 || marked == 0 ? padding : padding % marked),
+      marked_(marked),
+      boundaries_({std::move(idx_path), idx_.number(), sequences, documents, tokens, item_size(code)}) {
+    // A damaged file may hold more ids than these, but none in the type is then taken for another.
+    const bool fits = with_token_type(code, [&](auto token) {
+        return static_cast<std::uint64_t>(marked) <= static_cast<std::uint64_t>(std::numeric_limits<decltype(token)>::max());
+    });
+    if (marked < 0 || !fits)
+        throw DataError(bin_path_ + ": " + std::to_string(marked) + " marked tokens are not in the range of its ids' type");
+}
+
+Tokens Dataset::tokens(std::int64_t vocabulary) const {
+    if (marked_ > vocabulary)
+        throw DataError(bin_path_ + ": its tokenizer has " + std::to_string(marked_) + " tokens, and the vocabulary is " +
+                        std::to_string(vocabulary));
+    return {bin_path_, bin_.number(), code_, count_, marked_ > 0 ? 2 * marked_ : vocabulary};
+}
 
 template <typename Id>
 void fill(const Windows& windows, const Columns<Id>& out, std::vector<std::int32_t>* cu_seqlens, Progress& progress) {
@@ -96,7 +140,8 @@ void fill(const Windows& windows, const Columns<Id>& out, std::vector<std::int32
                     thread_local std::vector<decltype(token)> window;
                     if (static_cast<std::int64_t>(window.size()) <= length)
                         window.resize(static_cast<std::size_t>(length + 1));
-                    fill_tokens(from, start, length, limit, window, out.tokens + base, labels);
+                    fill_tokens(from, dataset.marked(), windows.all, start, length, limit, window,
+                                out.tokens + base, labels);
                     progress.bytes.fetch_add((length + 1) * static_cast<std::int64_t>(sizeof(token)),
                                              std::memory_order_relaxed);
                 });

@@ -28,13 +28,18 @@ private:
 class Dataset {
 public:
     // `bin` and `idx` are descriptors; code, sequences and documents are those of the header of the .idx. `padding` is
-    // the id that fills what is left of packs, -1 where nothing does.
+    // the id that fills what is left of packs, -1 where nothing does. Where `marked` is not 0, it is the number of
+    // tokens, and an id from there on stands for a token that is to be learned and is as much less; lower ids are not
+    // to be learned.
     Dataset(std::string bin_path, int bin, int code, std::int64_t tokens, std::string idx_path, int idx,
-            std::int64_t sequences, std::int64_t documents, std::int64_t padding);
+            std::int64_t sequences, std::int64_t documents, std::int64_t padding, std::int64_t marked);
 
-    Tokens tokens(std::int64_t vocabulary) const { return {bin_path_, bin_.number(), code_, count_, vocabulary}; }
+    // `vocabulary` of the model; throws DataError where the tokens of a marked dataset are more.
+    Tokens tokens(std::int64_t vocabulary) const;
+    std::int64_t marked() const noexcept { return marked_; }
     std::int64_t count() const noexcept { return count_; }
     const std::string& path() const noexcept { return bin_path_; }
+    // The token that fills what is left of packs.
     std::int64_t padding() const noexcept { return padding_; }
     const Boundaries& boundaries() const noexcept { return boundaries_; }
 
@@ -42,7 +47,7 @@ private:
     std::string bin_path_;
     Descriptor bin_, idx_;
     int code_;
-    std::int64_t count_, padding_;
+    std::int64_t count_, padding_, marked_;
     Boundaries boundaries_;
 };
 
@@ -56,6 +61,7 @@ struct Windows {
     std::int64_t rows;
     std::int64_t length;
     std::int64_t vocabulary;
+    bool all;  // tokens of marked datasets that are not to be learned are labels too
 };
 
 // What to fill, each [rows, length]; null tokens and labels are left out. Id is std::int32_t or std::int64_t.
@@ -75,7 +81,8 @@ struct Progress {
 // Labels are the tokens after each; what there is none of is token 0 and label -1. With `cu_seqlens`, positions begin
 // again in every document, no label crosses from one into the next, and the vector becomes 0 and then the end of every
 // document's part of a row, counted over all rows; the last document of a row, where it begins with the padding of its
-// dataset and is not the first, has no labels. Else positions count from the beginning of the window. Throws DataError for a window or a document that is not in its file, or an id outside the vocabulary.
+// dataset and is not the first, has no labels. Else positions count from the beginning of the window. Throws DataError
+// for a window or a document that is not in its file, or an id outside the vocabulary.
 template <typename Id>
 void fill(const Windows& windows, const Columns<Id>& out, std::vector<std::int32_t>* cu_seqlens, Progress& progress);
 

@@ -50,7 +50,7 @@ Ids boundaries(const Dataset& dataset, std::int64_t start, std::int64_t last) {
 py::object fill_batch(const Sources& sources, const py::array_t<std::int32_t, py::array::c_style>& source,
                       const Ids& starts, const Ids& limits, std::int64_t vocabulary, bool separate,
                       std::optional<py::array> tokens, std::optional<py::array> labels, const py::array& positions,
-                      Progress& progress) {
+                      Progress& progress, bool all) {
     require_vector(source, "source");
     require_vector(starts, "starts");
     require_vector(limits, "limits");
@@ -69,7 +69,7 @@ py::object fill_batch(const Sources& sources, const py::array_t<std::int32_t, py
         if (each == nullptr) throw py::value_error("a source is None");
         datasets.push_back(each.get());
     }
-    const Windows windows{datasets, source.data(), starts.data(), limits.data(), rows, length, vocabulary};
+    const Windows windows{datasets, source.data(), starts.data(), limits.data(), rows, length, vocabulary, all};
     std::vector<std::int32_t> cu_seqlens;
     auto* ends = separate ? &cu_seqlens : nullptr;
     if (positions.dtype().equal(py::dtype::of<std::int32_t>()))
@@ -87,9 +87,10 @@ py::object fill_batch(const Sources& sources, const py::array_t<std::int32_t, py
 void bind_batch(py::module_& module) {
     py::class_<Dataset, std::shared_ptr<Dataset>>(module, "Dataset")
         .def(py::init<std::string, int, int, std::int64_t, std::string, int, std::int64_t, std::int64_t,
-                      std::int64_t>(),
+                      std::int64_t, std::int64_t>(),
              py::arg("bin_path"), py::arg("bin"), py::arg("code"), py::arg("tokens"), py::arg("idx_path"),
-             py::arg("idx"), py::arg("sequences"), py::arg("documents"), py::arg("padding") = -1)
+             py::arg("idx"), py::arg("sequences"), py::arg("documents"), py::arg("padding") = -1,
+             py::arg("marked") = 0)
         .def("boundaries", &boundaries, py::arg("start"), py::arg("last"));
     py::class_<Progress>(module, "Progress")
         .def(py::init<>())
@@ -97,7 +98,7 @@ void bind_batch(py::module_& module) {
         .def_property_readonly("bytes", [](const Progress& progress) { return progress.bytes.load(); });
     module.def("fill", &fill_batch, py::arg("sources"), py::arg("source"), py::arg("starts"), py::arg("limits"),
                py::arg("vocabulary"), py::arg("separate"), py::arg("tokens"), py::arg("labels"), py::arg("positions"),
-               py::arg("progress"));
+               py::arg("progress"), py::arg("all") = false);
 }
 
 }  // namespace megapoly

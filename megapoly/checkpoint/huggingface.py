@@ -20,6 +20,7 @@ from megapoly.checkpoint.families import BUFFERS, HEAD, PREFIXES, Slot, slots
 from megapoly.checkpoint.huggingface_config import to_model
 from megapoly.checkpoint.pieces import check_inside
 from megapoly.checkpoint.tensor_files import TensorFiles, check_dtype
+from megapoly.data.huggingface import SETTINGS, TEMPLATE, read_settings
 from megapoly.errors import CheckpointError
 from megapoly.spec import Index, Piece
 
@@ -59,7 +60,8 @@ class HuggingFace:
         self.files = (path / CONFIG, *self._files.files, *self.tokenizer)
         generation = path / GENERATION_CONFIG
         kept = {"config": config, **({"generation_config": read_json(generation)} if generation.exists() else {})}
-        self.origin: Mapping[str, Any] = {"huggingface": kept}
+        template = read_settings(path / SETTINGS).get(TEMPLATE)
+        self.origin: Mapping[str, Any] = {"huggingface": kept, **({"template": template} if template else {})}
         if self.model.tied:
             self._check_tied(next(slot.source for slot in found if slot.name == "embedding.weight"))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megapoly.checkpoint.huggingface import SENTENCEPIECE
 from megapoly.checkpoint.unfinished import copy_of
-from megapoly.checkpoint.weights import Weights
+from megapoly.checkpoint.weights import Weights, template_of
+from megapoly.data.huggingface import TEMPLATE
 from megapoly.data.huggingface_export import make_tokenizer_json
 from megapoly.data.tokenizer import Tokenizer
 
@@ -62,6 +63,8 @@ def tokenizer_files(weights: Weights) -> tuple[dict[str, Write], list[str]]:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }
+    if (template := template_of(weights)) is not None:
+        config |= {"chat_template": template.jinja(), TEMPLATE: template.model_dump()}
     files["tokenizer.json"] = _bytes(content)
     files["tokenizer_config.json"] = _bytes((json.dumps(config, indent=2) + "\n").encode())
     return files, []

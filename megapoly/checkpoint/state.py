@@ -16,6 +16,7 @@ from megapoly.checkpoint.background import Writer
 from megapoly.config import Config, Model
 from megapoly.context import ParallelContext
 from megapoly.data.plan import Plan
+from megapoly.data.templates import Template
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import CheckpointError, ConfigError, DataError
 from megapoly.layers.call import Place, spec_of
@@ -53,6 +54,7 @@ def save(
     *,
     tokenizer: str,
     guards: Mapping[str, Any],
+    template: Template | None = None,
     keep_before: int | None = None,
     writer: Writer | None = None,
 ) -> Path:
@@ -60,7 +62,8 @@ def save(
 
     With a ``writer`` it is only copied when this returns, and an error is raised by :meth:`Writer.wait`.
 
-    All ranks write: what is not sharded over dp is shared out. ``tokenizer`` is its SHA-256. ``guards``, plain values
+    All ranks write: what is not sharded over dp is shared out. ``tokenizer`` is its SHA-256, ``template`` that of
+    the instructions it is trained on. ``guards``, plain values
     that decide about skipped steps and rollbacks, are kept as they are, in ``meta["guards"]``. Beside
     ``checkpoint.keep`` of them, the newest from before the step ``keep_before`` stays.
 
@@ -74,6 +77,7 @@ def save(
         "counters": asdict(counters),
         "optimizer_steps": optimizer.steps,
         "tokenizer": tokenizer,
+        "template": None if template is None else template.model_dump(),
         "guards": guards,
         "layout": str(context.mesh),
     }
@@ -234,6 +238,19 @@ def saved_model(reader: store.Reader) -> Model:
         return Model.model_validate(meta["model"] if "model" in meta else meta["config"]["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{reader.path}: holds no model that this version understands: {error}") from error
+
+
+def read_template(path: Path, kept: Mapping[str, Any]) -> Template | None:
+    """The ``template`` among the values that weights at ``path`` keep: how a model is asked that was tuned.
+
+    Raises:
+        CheckpointError: this version does not understand it.
+    """
+    found = kept.get("template")
+    try:
+        return None if found is None else Template.model_validate(found)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: holds no template that this version understands: {error}") from error
 
 
 def held(optimizer: AdamW) -> Iterator[tuple[str, Part, Tensor]]:

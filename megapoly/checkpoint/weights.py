@@ -21,6 +21,7 @@ from megapoly.checkpoint.huggingface import HuggingFace
 from megapoly.checkpoint.megatron import Megatron
 from megapoly.checkpoint.store import Reader
 from megapoly.config import Config, Model
+from megapoly.data.templates import Template
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import CheckpointError
 from megapoly.layers.call import spec_of
@@ -42,7 +43,7 @@ class Weights(Protocol):
         tokenizer_sha256: of the SentencePiece model that they were trained with; None where it is not known.
         files: all that is read, for :func:`megapoly.checkpoint.unfinished.fingerprint`.
         origin: plain values that no format but the one of their key needs, and that conversions hand on:
-            ``{"huggingface": {"config": ..., "generation_config": ...}}``.
+            ``{"huggingface": {"config": ..., "generation_config": ...}}``; and ``template``, see :func:`template_of`.
     """
 
     path: Path
@@ -105,7 +106,8 @@ class Native:
         self.tokenizer = self._tokenizer()
         self.tokenizer_sha256: str | None = meta.get("tokenizer")
         self.files: tuple[Path, ...] = (self.path / folders.MANIFEST, *self.tokenizer)  # it has the others' checksums
-        self.origin: Mapping[str, Any] = meta.get("origin", {})
+        own = {} if meta.get("template") is None else {"template": meta["template"]}  # of a run
+        self.origin: Mapping[str, Any] = {**meta.get("origin", {}), **own}
 
     def read(self, name: str, piece: Piece, out: Tensor) -> None:
         masters = out.dtype != self.tensors[name][1] and f"{state.MASTER}/{name}" in self._reader.tensors
@@ -222,6 +224,15 @@ def load_initial(weights: Weights, config: Config, optimizer: AdamW) -> None:
         if kind == state.MASTER:
             weights.read(part.spec.name, part.piece, flat)
     weights.release()
+
+
+def template_of(weights: Weights) -> Template | None:
+    """How the model is asked, where megapoly has trained it on instructions.
+
+    Raises:
+        CheckpointError: it has a template that this version does not understand.
+    """
+    return state.read_template(weights.path, weights.origin)
 
 
 def check_tokenizer(weights: Weights, tokenizer: Tokenizer) -> None:

@@ -32,7 +32,10 @@ def data_build(
     fields: Annotated[
         str,
         typer.Option(
-            "--fields", "--field", help="Field of the text ('text' where not given), or, of pairs, the two: en,th."
+            "--fields",
+            "--field",
+            help="Field of the text ('text' where not given); of pairs the two: en,th; of instructions"
+            " instruction,input,output or two of these; of chats messages.",
         ),
     ] = "",
     document: DocumentUnit = "file",
@@ -41,6 +44,20 @@ def data_build(
     templates: Annotated[
         Path | None, typer.Option(help="TOML file of the forms of pairs, in place of the six built in.")
     ] = None,
+    instructions: Annotated[
+        bool,
+        typer.Option("--instructions", help="Records are instructions or chats, of which the answers are learned."),
+    ] = False,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Of instructions: multialpaca, alpaca, chat, or a TOML file.  [default: multialpaca]"
+        ),
+    ] = None,
+    longest: Annotated[
+        int,
+        typer.Option(min=0, help="Most tokens of an example of instructions; longer ones are left out. 0: a pack's."),
+    ] = 0,
     key_field: Annotated[str, typer.Option(help="Field that, where present, decides what is held out.")] = "key",
     validation: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.001,
     seed: Annotated[int, typer.Option(help="Of the split, the same for every dataset of a run.")] = 1234,
@@ -69,19 +86,27 @@ def data_build(
     duplicates are removed, documents shuffled or packs made.
 
     [bold]Example:[/bold] megapoly data build --tokenizer poly.model --language th --output data/th th.jsonl.gz
+
+    [bold]Example:[/bold] megapoly data build --tokenizer poly.model --language es --output data/ask-es --instructions
+    --pack 2048 --shuffle 1 multialpaca.es.jsonl.gz
     """
     from megapoly.data import builder
     from megapoly.data.bilingual import TEMPLATES, load_templates
     from megapoly.data.skipped import describe_skipped
+    from megapoly.data.templates import load_template
     from megapoly.data.tokenizer import Tokenizer
     from megapoly.errors import ConfigError
 
+    if template and not instructions:
+        raise ConfigError(f"--template {template}: is for instructions; give --instructions too, or leave it out")
     if templates and not pairs:
         raise ConfigError(f"--templates {templates}: is for pairs; give --pairs too, or leave it out")
     options = builder.Options(
         fields=tuple(name.strip() for name in fields.split(",")) if fields else (),
         pairs=pairs,
         templates=load_templates(templates) if templates else TEMPLATES,
+        instructions=load_template(template or "multialpaca") if instructions else None,
+        longest=longest,
         key_field=key_field,
         document=document,
         bad_records=on_bad,

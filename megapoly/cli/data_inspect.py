@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,6 +170,8 @@ def _notes(dataset: IndexedDataset) -> list[str]:
     ]
     if side.templates:
         lines.append(f"  pairs, written by {len(set(side.templates))} templates")
+    if side.instructions:
+        lines.append(f"  instructions and answers, of which the answers are learned; template {side.instructions.name}")
     if made := describe_assembly(side):
         lines.append(made)
     if has_changed(path):
@@ -180,7 +183,13 @@ def _print_document(dataset: IndexedDataset, number: int, loaded: Tokenizer | No
     ids = dataset.document(number).tolist()
     held = ", held out" if number >= dataset.train_documents else ""
     print(f"{dataset.prefix}, document {number}, {len(ids):,} tokens{held}:")
-    print(loaded.decode(ids) if loaded else ids)
+    if not dataset.marked:
+        print(loaded.decode(ids) if loaded else ids)
+        return
+    learned = dataset.learned(number).tolist()
+    for part, group in groupby(zip(learned, ids), key=lambda each: each[0]):
+        tokens = [token for _, token in group]
+        print(f"{'learned:' if part else 'given:'} {repr(loaded.decode(tokens)) if loaded else tokens}")
 
 
 def _row(dataset: IndexedDataset, what: str, value: float, unit: str, **more: int) -> dict[str, Any]:

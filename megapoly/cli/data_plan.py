@@ -36,8 +36,7 @@ def data_plan(
 
     if picture:
         check_picture(picture)
-    loaded = configuration.load(config, overrides or [])
-    _, datasets = open_data(loaded)
+    loaded, _, datasets, lengths = open_data(configuration.load(config, overrides or []))
     plan, notes = plan_of_run(loaded, datasets, resume=resume)
     found = curriculum.outlook(plan)
     caps = {
@@ -45,7 +44,7 @@ def data_plan(
         for name, source in loaded.data.sources.items()
     }
     console = Console(highlight=False, soft_wrap=True)
-    for note in [*notes, *unchecked(datasets)]:
+    for note in [*lengths, *notes, *unchecked(datasets)]:
         console.print(note)
     for by in ("source", "language"):
         heads, rows = curriculum.cells(found, by, caps)

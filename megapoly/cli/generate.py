@@ -15,6 +15,7 @@ from megapoly.errors import ConfigError
 
 if TYPE_CHECKING:
     from megapoly.context import ParallelContext
+    from megapoly.data.templates import Template
     from megapoly.generate import Completion, Generator, Sampling
     from megapoly.generate.prompts import JsonLines
 
@@ -34,6 +35,13 @@ def generate_texts(
         Path | None,
         typer.Option("--prompts", help='File with one a line, of .jsonl a string or {"prompt": ...}; - is the input.'),
     ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="Ask a tuned model this, in the form that it was tuned on; shows the answer.")
+    ] = None,
+    given: Annotated[str | None, typer.Option("--input", help="What the instruction is about.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are questions to a tuned model, put in its form too.")
+    ] = False,
     tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from so many of the likeliest tokens; 0: from all.")] = 0,
@@ -66,6 +74,8 @@ def generate_texts(
     most the model's positions. Ranks beyond tp x pp share the prompts.
 
     [bold]Example:[/bold] megapoly generate runs/demo --prompt "Die Sprache" --tokens 40 --temperature 0.8 --top-p 0.9
+
+    [bold]Example:[/bold] megapoly generate runs/tuned --instruction "Traduce al inglés." --input "Buenos días"
     """
     from megapoly.engine import DTYPES
     from megapoly.generate import Generator, Sampling
@@ -77,24 +87,40 @@ def generate_texts(
             context,
             lambda: Sampling(tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), samples, seed),
         )
-        texts = _agreed_prompts(prompts or [], file, context)
+        asks = instruction is not None
+        texts = _agreed_prompts(prompts or [], file, context, least=not asks)
         with agree(context, lambda: _output(jsonl, context)) as output:
             chosen = None if dtype is None else DTYPES[dtype]
             generator = agree(context, lambda: Generator.open(model, tokenizer, chosen, context=context, batch=batch))
-            _Printer(context, jsonl, output).run(generator, texts, sampling)
+            if asks or chat:
+                form = agree(context, lambda: _template(generator, model))
+                texts = [form.turn(text) for text in texts] if chat else texts
+                texts += [form.turn(instruction, given)] if instruction is not None else []
+            _Printer(context, jsonl, output, answers=asks or chat).run(generator, texts, sampling)
 
+    if given is not None and instruction is None:
+        raise ConfigError("--input is what an instruction is about; give --instruction too")
     raise typer.Exit(run_meshed(tp, pp, device, work))
 
 
-def _agreed_prompts(given: list[str], file: Path | None, context: ParallelContext) -> list[str]:
-    """Prompts of the first rank, which alone has the input, on all."""
+def _template(generator: Generator, model: Path) -> Template:
+    if generator.template is None:
+        raise ConfigError(
+            f"{model}: was not tuned on instructions by megapoly, so that it is not known how to ask it; write the"
+            " whole prompt with --prompt"
+        )
+    return generator.template
+
+
+def _agreed_prompts(given: list[str], file: Path | None, context: ParallelContext, least: bool) -> list[str]:
+    """Prompts of the first rank, which alone has the input, on all; at ``least`` one."""
     from megapoly import comm
     from megapoly.generate.prompts import read_prompts
     from megapoly.run import agree
 
     def read() -> list[str]:
-        if not given and file is None:
-            raise ConfigError("nothing to continue: give --prompt TEXT or --prompts FILE")
+        if least and not given and file is None:
+            raise ConfigError("nothing to continue: give --prompt TEXT, --prompts FILE or --instruction TEXT")
         return [*given, *(read_prompts(file) if file is not None and context.rank == 0 else ())]
 
     found: list[str] = comm.broadcast_object(agree(context, read), context.control)
@@ -109,10 +135,10 @@ def _output(jsonl: Path | None, context: ParallelContext) -> AbstractContextMana
 
 
 class _Printer:
-    """Shows the texts on the first rank."""
+    """Shows the texts on the first rank; of ``answers`` a single one without its prompt."""
 
-    def __init__(self, context: ParallelContext, jsonl: Path | None, output: JsonLines | None) -> None:
-        self._first, self._output = context.rank == 0, output
+    def __init__(self, context: ParallelContext, jsonl: Path | None, output: JsonLines | None, answers: bool) -> None:
+        self._first, self._output, self._answers = context.rank == 0, output, answers
         self._replicas = context.dp.size
         self._streams, self._json = jsonl is None, jsonl == _STDOUT
 
@@ -138,7 +164,7 @@ class _Printer:
 
     def _stream(self, generator: Generator, prompt: str, sampling: Sampling) -> None:
         parts = generator.stream(prompt, sampling)  # which may refuse the prompt
-        self._write(f"{prompt}|")
+        self._write("" if self._answers else f"{prompt}|")
         for part in parts:
             self._write(part)
         self._write("\n")

@@ -87,6 +87,7 @@ class Dataset:
         sequences: int,
         documents: int,
         padding: int = -1,
+        marked: int = 0,
     ) -> None: ...
     def boundaries(self, start: int, last: int) -> npt.NDArray[np.int64]: ...
 
@@ -109,6 +110,7 @@ def fill(
     labels: Whole | None,
     positions: Whole,
     progress: Progress,
+    all: bool = False,
 ) -> npt.NDArray[np.int32] | None: ...
 
 class Plan:

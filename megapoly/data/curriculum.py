@@ -49,7 +49,8 @@ def stages_of(
     before: dict[str, float] | None = None
     for stage in config.data.stages:
         groups = groups_of(stage, languages)
-        weights = _weights(groups, sizes, languages, stage.alpha)
+        weights = weights_of(groups, sizes, languages, stage.alpha)
+        assert stage.tokens is not None, "megapoly.data.epochs.settle comes first"
         batches = stage.tokens // config.step_tokens
         count = min(MOST_PIECES, batches) if stage.gradual and before else 1
         for i in range(count):
@@ -66,7 +67,7 @@ def stages_of(
     return [(piece.stage, piece.samples, piece.weights) for piece in pieces]
 
 
-def _weights(
+def weights_of(
     groups: Sequence[Group], sizes: Mapping[str, int], languages: Mapping[str, str], alpha: float
 ) -> dict[str, float]:
     """Weight of every source. A group is split over its languages, and a language over its sources, by size^alpha."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
 
-from megapoly.data import bilingual
+from megapoly.data import bilingual, instructions
+from megapoly.data.instructions import Example
 from megapoly.data.merge import Assembly
 from megapoly.data.readers import Document as TextDocument
 from megapoly.data.readers import Input, Policy, Record
+from megapoly.data.templates import Template
 from megapoly.errors import ConfigError
 
 
@@ -53,8 +55,12 @@ class Options:
             the record that are named by language codes.
         pairs: records are pairs, written as :mod:`megapoly.data.bilingual` says.
         templates: the forms that pairs are written in.
+        instructions: records are instructions or chats, written by this template; :mod:`megapoly.data.instructions`
+            says what ``fields`` are then.
+        longest: tokens of the longest example that is not left out, of instructions; 0 is that of a pack, where there
+            are packs, else any. A cut answer has no end.
         key_field: the field that decides, where a record has it, what is held out; else the text does, of a pair the
-            English text (its first, where none is English).
+            English text (its first, where none is English), of instructions and chats the first instruction.
         document: what is a document of a .txt file.
         bad_records: the first bad record stops the build, or all are counted and skipped.
         validation_fraction: share of the documents to hold out.
@@ -69,6 +75,8 @@ class Options:
     fields: tuple[str, ...] = ()
     pairs: bool = False
     templates: tuple[str, ...] = bilingual.TEMPLATES
+    instructions: Template | None = None
+    longest: int = 0
     key_field: str = "key"
     document: TextDocument = "file"
     bad_records: Policy = "stop"
@@ -81,9 +89,19 @@ class Options:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.fields and len(self.fields) != 1 + self.pairs:
+        if self.pairs and self.instructions:
+            raise ConfigError("pairs and instructions are set; records are one of the two, build two datasets")
+        counts = (1, 2, 3) if self.instructions else (1 + self.pairs,)
+        if self.fields and (len(self.fields) not in counts or not all(self.fields)):
             expected = "a pair has two" if self.pairs else "a text has one; for pairs of two, set pairs"
+            if self.instructions:
+                expected = "instructions have two or three, instruction,output or instruction,input,output; chats one"
             raise ConfigError(f"fields {self.fields}: {expected}")
+        pack = self.assembly.pack
+        if self.longest and not self.instructions:
+            raise ConfigError(f"longest {self.longest}: is for instructions; other text is cut where it is too long")
+        if self.longest < 0 or (pack and self.longest > pack):
+            raise ConfigError(f"longest {self.longest} is not from 0 to pack {pack}, into which no longer one fits")
         if self.document not in ("file", "line", "paragraph"):
             raise ConfigError(f"document {self.document!r} is not file, line or paragraph")
         if self.bad_records not in ("stop", "skip"):
@@ -101,18 +119,26 @@ class Options:
             )
 
     @property
+    def most_tokens(self) -> int:
+        """Of an example that is not left out; 0: any."""
+        return self.longest or (self.assembly.pack if self.instructions else 0)
+
+    @property
     def input(self) -> Input:
         """How the files are read. Of a .parquet file only the columns that decide something are."""
         named = self.fields or (() if self.pairs else ("text",))
+        if self.instructions and not self.fields:
+            named = (*instructions.FIELDS, instructions.MESSAGES)
         return Input(self.document, (*named, self.key_field) if named else ())
 
 
 class Document(NamedTuple):
-    """A text to encode."""
+    """A text to encode, or an example of instructions."""
 
     text: str
     bytes: int
     held_out: bool
+    example: Example | None = None
 
 
 def to_document(record: Record, options: Options) -> Document:
@@ -121,6 +147,11 @@ def to_document(record: Record, options: Options) -> Document:
     Raises:
         BadRecord: a field is missing, empty or no text.
     """
+    if options.instructions is not None:
+        example = instructions.to_example(record, options.instructions, options.fields)
+        key = record.text(options.key_field) if options.key_field in record.values else example.key
+        held = _held_out(key.encode(), options.seed, options.validation_fraction)
+        return Document("", example.bytes, held, example)
     if options.pairs:
         first, second = options.fields or bilingual.pair_fields(record)
         texts = (record.text(first), record.text(second))

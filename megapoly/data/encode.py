@@ -1,7 +1,7 @@
 """From chunks of the input to an indexed dataset, in constant memory. No torch.
 
-A document is encoded and ended by ``</s>``. Held-out documents wait in a file without a name and are appended at the
-end.
+A document is encoded and ended by ``</s>``; of instructions the ids are marked. Held-out documents wait in a file
+without a name and are appended at the end.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 import megapoly
-from megapoly.data import _index
+from megapoly.data import _index, instructions
 from megapoly.data.documents import Document, Options, to_document
 from megapoly.data.files import write_whole
 from megapoly.data.indexed import dtype_code, part
 from megapoly.data.naming import NewDataset, new_dataset
 from megapoly.data.readers import BadRecord, BadRecords, Chunk, parse
+from megapoly.data.records import TOO_LONG
 from megapoly.data.sidecar import Checksums, Sidecar, TokenizerMark, Validation
 from megapoly.data.skipped import skipped_of
 from megapoly.data.tokenizer import Tokenizer
@@ -71,21 +72,25 @@ class Encoder:
         self, chunks: Sequence[Chunk], new: NewDataset, bad: BadRecords, progress: Callable[[int, int], None]
     ) -> Sidecar:
         vocabulary = self.tokenizer.vocabulary
-        writer = _index.Writer(new.bin, new.idx, dtype_code(vocabulary), vocabulary)
+        count = vocabulary * (2 if self.options.instructions else 1)
+        writer = _index.Writer(new.bin, new.idx, dtype_code(count), count)
         trained, held_back = _Tally(), _Tally()
         folder = new.prefix.parent
         with tempfile.TemporaryFile(dir=folder) as waiting, tempfile.TemporaryFile(dir=folder) as counts:
             spool = _Spool(waiting, counts)
             for batch, ids, lengths in self._encoded(self._batches(chunks, bad)):
-                held = np.array([document.held_out for document in batch])
-                sizes = np.array([document.bytes for document in batch])
+                read = len(batch), sum(document.bytes for document in batch)
+                if self.options.most_tokens:
+                    batch, ids, lengths = _without_long(batch, ids, lengths, self.options.most_tokens, bad)
+                held = np.array([document.held_out for document in batch], np.bool_)
+                sizes = np.array([document.bytes for document in batch], np.int64)
                 for sink, tally, chosen in ((writer, trained, ~held), (spool, held_back, held)):
                     if chosen.any():
                         tally.documents += int(chosen.sum())
                         tally.bytes += int(sizes[chosen].sum())
                         tally.tokens += int(lengths[chosen].sum())
                         sink.append(ids if chosen.all() else ids[np.repeat(chosen, lengths)], lengths[chosen])
-                progress(len(batch), int(sizes.sum()))
+                progress(*read)
             spool.drain(writer)
         documents, tokens, bin_crcs, idx_crcs = writer.finish()
         options = self.options
@@ -96,6 +101,7 @@ class Encoder:
             tokens=tokens,
             bytes=trained.bytes + held_back.bytes,
             templates=options.templates if options.pairs else (),
+            instructions=options.instructions,
             skipped=skipped_of(bad),
             validation=Validation(fraction=options.validation_fraction, seed=options.seed, **asdict(held_back)),
             checksums=Checksums(block=_index.BLOCK_BYTES, bin=Checksums.join(bin_crcs), idx=Checksums.join(idx_crcs)),
@@ -139,6 +145,9 @@ class Encoder:
                 yield waiting, *pending.result()
 
     def _encode(self, batch: list[Document], threads: int) -> tuple[Ids, Lengths]:
+        examples = [document.example for document in batch if document.example is not None]
+        if examples:
+            return instructions.encode(self.tokenizer, examples, threads)
         ids, lengths = self.tokenizer.encode_flat([document.text for document in batch], threads)
         return _with_ends(ids, lengths, self.tokenizer.eod)
 
@@ -159,6 +168,21 @@ def _with_ends(ids: Ids, lengths: Lengths, eod: int) -> tuple[Ids, Lengths]:
     ended[inner] = ids
     ended[~inner] = eod
     return ended, lengths
+
+
+def _without_long(
+    batch: list[Document], ids: Ids, lengths: Lengths, most: int, bad: BadRecords
+) -> tuple[list[Document], Ids, Lengths]:
+    """The same without the examples of more than ``most`` tokens, which are counted."""
+    keep = lengths <= most
+    if keep.all():
+        return batch, ids, lengths
+    for number in np.flatnonzero(~keep):
+        example = batch[number].example
+        assert example is not None
+        bad.leave_out(example.record.error(f"has {lengths[number]:,} tokens, and {most:,} are the most", TOO_LONG))
+    kept = [document for document, fits in zip(batch, keep) if fits]
+    return kept, ids[np.repeat(keep, lengths)], lengths[keep]
 
 
 class _Spool:

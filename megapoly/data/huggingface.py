@@ -12,6 +12,7 @@ from typing import Any
 from megapoly.errors import ConfigError, DataError
 
 SETTINGS = "tokenizer_config.json"  # of transformers, beside a tokenizer.json or a SentencePiece model
+TEMPLATE = "megapoly_template"  # in it, beside the chat_template that was made of it
 
 
 class HuggingFaceTokenizer:

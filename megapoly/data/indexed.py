@@ -93,6 +93,8 @@ class IndexedDataset:
         train_documents, train_tokens: counts of the first ones, which are not held out.
         sidecar: what PREFIX.json says; None for a foreign dataset, of which nothing is held out.
         pack: where the .bin is a row of packs, their length in tokens; 0 for a stream.
+        marked: where ids are marked (:mod:`megapoly.data.instructions`), the vocabulary of the tokenizer: an id from
+            there on is that of a token to be learned, and so much more; 0 where ids are tokens, all to be learned.
         reader: what :mod:`megapoly.data.samples` reads batches from; it holds its files open by itself.
         lengths, pointers, document_indices: the columns of the .idx.
         identity: hex hash of the content: from the checksums in the sidecar, else from header, counts and sizes.
@@ -114,10 +116,12 @@ class IndexedDataset:
         self._header = self._read_header()
         self._check_ends()
         self.documents = len(self.document_indices) - 1
-        padding = -1 if self.sidecar is None or self.sidecar.padding is None else self.sidecar.padding.id
+        side = self.sidecar
+        padding = -1 if side is None or side.padding is None else side.padding.id
+        self.marked = 0 if side is None or side.instructions is None else side.tokenizer.vocabulary
         self.reader = _index.Dataset(
             str(self.bin_path), self._descriptor, self._code, self.tokens,
-            str(self.idx_path), self._index, len(self.pointers), self.documents, padding,
+            str(self.idx_path), self._index, len(self.pointers), self.documents, padding, self.marked,
         )  # fmt: skip
         self.pack = 0 if self.sidecar is None else self.sidecar.pack
         self.train_documents, self.train_tokens = self.documents, self.tokens
@@ -146,14 +150,22 @@ class IndexedDataset:
 
     def document(self, i: int) -> npt.NDArray[np.int64]:
         """Tokens of document ``i``, with the one that ends it."""
+        ids = self._stored(i)
+        return ids % self.marked if self.marked else ids
+
+    def learned(self, i: int) -> npt.NDArray[np.bool_]:
+        """Which tokens of document ``i`` are to be learned."""
+        return self._stored(i) >= self.marked
+
+    def _stored(self, i: int) -> npt.NDArray[np.int64]:
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents}")
         first, last = self.document_indices[i : i + 2].tolist()
         start, stop = self.start(i), self.start(i + 1)
         if not 0 <= start <= stop <= self.tokens or self.lengths[first:last].sum() != stop - start:
             raise self.damaged(f"the lengths or pointers of document {i}")
-        vocabulary = self.sidecar.tokenizer.vocabulary if self.sidecar else np.iinfo(np.int64).max
-        return self.gather(np.array([start]), stop - start, vocabulary)[0]
+        count = self.sidecar.ids if self.sidecar else np.iinfo(np.int64).max
+        return self.gather(np.array([start]), stop - start, count)[0]
 
     def start(self, i: int) -> int:
         """First token of document ``i``; where ``i`` is the number of documents, the number of tokens."""
@@ -259,10 +271,12 @@ class IndexedDataset:
                 f" {sidecar.tokens} tokens, the .idx of {self.documents} and {self.tokens}; build the dataset again"
             )
         most = int(np.iinfo(self.dtype).max)
-        if sidecar.tokenizer.vocabulary - 1 > most:
+        if sidecar.ids - 1 > most:
+            marked = ", whose ids are marked," if sidecar.instructions else ","
             raise DataError(
-                f"{part(self.prefix, '.json')}: tells of a vocabulary of {sidecar.tokenizer.vocabulary}, and ids of the"
-                f" .idx's type {self.dtype.name} are at most {most}; one of the two is damaged, build the dataset again"
+                f"{part(self.prefix, '.json')}: tells of a vocabulary of {sidecar.tokenizer.vocabulary}{marked} and ids"
+                f" of the .idx's type {self.dtype.name} are at most {most}; one of the two is damaged, build the"
+                " dataset again"
             )
         self._check_checksums(sidecar.checksums)
         self.train_documents -= sidecar.validation.documents

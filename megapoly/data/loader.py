@@ -67,6 +67,7 @@ class Loader:
             check_pack(source.name, datasets[source.name], plan.sequence, config.data.separate_documents)
         dp, micro_batch, batches, total = config.mesh.dp, config.layout.micro_batch, config.batches, plan.total_samples
         vocabulary, separate = config.model.vocabulary, config.data.separate_documents
+        all_learned = config.data.loss == "all"
 
         progress = _index.Progress()
 
@@ -75,7 +76,7 @@ class Loader:
             samples = sample + rank * part + np.arange(part, dtype=np.int64)
             batch = read(
                 plan, datasets, samples, vocabulary=vocabulary, separate_documents=separate, with_tokens=with_tokens,
-                ids=torch.int32, progress=progress,
+                all_learned=all_learned, ids=torch.int32, progress=progress,
             )  # fmt: skip
             return (batch.pinned() if pin else batch).split(micro_batch)
 

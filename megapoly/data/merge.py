@@ -145,6 +145,7 @@ def _compared(first: Part, each: Part) -> Iterator[tuple[str, object, object, st
         again = "build all with one tokenizer"
         yield "a tokenizer of SHA-256", a.tokenizer.sha256, b.tokenizer.sha256, again
         yield "a vocabulary of", a.tokenizer.vocabulary, b.tokenizer.vocabulary, again
+        yield "as template of instructions", a.instructions, b.instructions, "build all with one --template"
         again = "build all with the same --validation and --seed"
         yield "a validation fraction of", a.validation.fraction, b.validation.fraction, again
         yield "a validation seed of", a.validation.seed, b.validation.seed, again
@@ -188,8 +189,7 @@ class _Assembler:
         first = parts[0]
         self._item = first.dtype.itemsize
         code = next(code for code, name in DTYPES.items() if first.dtype == name)
-        vocabulary = first.sidecar.tokenizer.vocabulary if first.sidecar else 1
-        self._writer = _index.Writer(new.bin, new.idx, code, vocabulary)
+        self._writer = _index.Writer(new.bin, new.idx, code, first.sidecar.ids if first.sidecar else 1)
         self._end = _end(first) if assembly.pack else 0
         self._packer = _index.Packer(self._writer, assembly.pack, self._end) if assembly.pack else None
         self._seen: _index.Duplicates | None = None
@@ -282,6 +282,12 @@ class _Assembler:
     def _keep(self, lengths: Int64s) -> npt.NDArray[np.uint8]:
         """[n]: 1 for the documents that are written; the others are counted."""
         keep = (lengths > 0).astype(np.uint8)
+        side, pack = self._parts[0].sidecar, self._assembly.pack
+        if pack and side is not None and side.instructions and int(lengths.max()) > pack:
+            raise DataError(
+                f"{self._new.prefix}: an example has {int(lengths.max())} tokens, more than a pack of {pack}, and cut"
+                f" it would have an answer without its end; build the parts with --longest {pack}"
+            )
         if self._seen is None:
             return keep
         there = np.flatnonzero(keep)
@@ -335,5 +341,4 @@ def _text_bytes(parts: Sequence[Part], *, held: bool, removed: int) -> int:
 def _end(part: Part) -> int:
     """The token that ends the first document."""
     dataset = IndexedDataset(part.prefix)
-    vocabulary = part.sidecar.tokenizer.vocabulary if part.sidecar else 0
-    return int(dataset.gather(np.array([dataset.start(1) - 1]), 1, vocabulary)[0, 0])
+    return int(dataset.gather(np.array([dataset.start(1) - 1]), 1, part.sidecar.ids if part.sidecar else 0)[0, 0])

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from megapoly.errors import DataError
 
 Policy = Literal["stop", "skip"]
+TOO_LONG = "more tokens than an example may have"  # the kind of those that are left out, though nothing is wrong
 
 
 class BadRecord(DataError):
@@ -92,10 +93,14 @@ class BadRecords:
         """Raise it, or count it."""
         if self._policy == "stop":
             raise bad
-        self.counts[bad.kind] += 1
-        kept = self.first.setdefault(bad.kind, [])
+        self.leave_out(bad)
+
+    def leave_out(self, record: BadRecord) -> None:
+        """Count one that is not bad but cannot be taken, whatever the policy."""
+        self.counts[record.kind] += 1
+        kept = self.first.setdefault(record.kind, [])
         if len(kept) < self._keep:
-            kept.append(bad)
+            kept.append(record)
 
     def merge(self, later: BadRecords) -> None:
         """Count what was skipped in a part of the input that comes after this one's."""
@@ -108,7 +113,7 @@ class BadRecords:
         """Lines for people: every kind with its count, and the first few of it; none where nothing was skipped."""
         lines = []
         for kind, count in self.counts.most_common():
-            lines.append(f"skipped {count:,} bad records: {kind}")
+            lines.append(f"skipped {count:,} {'' if kind == TOO_LONG else 'bad '}records: {kind}")
             lines += [f"  {bad}" for bad in self.first[kind]]
             if count > len(self.first[kind]):
                 lines.append("  ...")

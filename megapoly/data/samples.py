@@ -1,9 +1,10 @@
 """From sample numbers to tensors: windows of tokens, next-token labels, positions and lengths of documents.
 
 Shapes: B samples, L = ``plan.sequence`` tokens. Window w of a stream covers tokens [w L, w L + L + 1) of its training
-part: L inputs, and the same moved by one as labels. Window w of a row of packs is pack w, tokens [w L, w L + L), whose
-last label is not counted; nor is a label of the padding that may end it, which is a document of its own. Document
-boundaries come from the .idx alone, so a pipeline stage that reads no tokens needs no .bin.
+part: L inputs, and the same moved by one as labels, of instructions those that are to be learned. Window w of a row of
+packs is pack w, tokens [w L, w L + L), whose last label is not counted; nor is a label of the padding that may end it,
+which is a document of its own. Document boundaries come from the .idx alone, so a pipeline stage that reads no tokens
+needs no .bin.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def read(
     vocabulary: int,
     separate_documents: bool,
     with_tokens: bool,
+    all_learned: bool = False,
     ids: torch.dtype = torch.int64,
     progress: _index.Progress | None = None,
 ) -> Batch:
@@ -117,6 +119,7 @@ def read(
         datasets: by source name.
         vocabulary: token ids have to be below it.
         separate_documents: positions restart in every document, and no label crosses from one into the next.
+        all_learned: tokens of instructions are labels too, not of answers alone.
         ids: torch.int64, or torch.int32, which takes half of the memory.
         progress: tells another thread which source (index in ``plan.sources``) is read, and how many bytes were.
 
@@ -131,7 +134,7 @@ def read(
     starts = located.window * plan.sequence
     packed = np.array([dataset.pack > 0 for dataset in sources])[located.source]
     ends = np.array([dataset.train_tokens for dataset in sources], np.int64)[located.source]
-    rows = _Rows(samples.size, plan.sequence, with_tokens, ids)
+    rows = _Rows(samples.size, plan.sequence, with_tokens, ids, all_learned)
     limits = np.where(packed, starts + plan.sequence, ends)
     cu_seqlens = rows.fill(sources, located.source, starts, limits, vocabulary, separate_documents, progress)
     return rows.batch(samples, located.source, cu_seqlens)
@@ -151,10 +154,10 @@ def validation(
 ) -> Batch:
     """The held-out documents of one source, as consecutive windows, at most ``windows`` of them.
 
-    Every held-out token but the first is predicted once, up to the last window, which is padded when it is short, so
-    that a small language validates too. Rows of padding, in which nothing is counted, fill the batch up to a multiple
-    of ``rows_multiple`` (micro-batch x data-parallel ranks, for one shape on all of them). B is 0 where there is
-    nothing to predict.
+    Every held-out token but the first is predicted once, of instructions those of the answers, up to the last window,
+    which is padded when it is short, so that a small language validates too. Rows of padding, in which nothing is
+    counted, fill the batch up to a multiple of ``rows_multiple`` (micro-batch x data-parallel ranks, for one shape on
+    all of them). B is 0 where there is nothing to predict.
 
     Args:
         source: index in ``plan.sources``.
@@ -199,9 +202,10 @@ def check_pack(name: str, dataset: IndexedDataset, sequence: int, separate_docum
 
 
 class _Rows:
-    """The columns of a batch of B rows."""
+    """The columns of a batch of B rows; with ``all_learned`` all tokens of instructions are labels."""
 
-    def __init__(self, rows: int, length: int, with_tokens: bool, ids: torch.dtype) -> None:
+    def __init__(self, rows: int, length: int, with_tokens: bool, ids: torch.dtype, all_learned: bool = False) -> None:
+        self._all = all_learned
         kind = {torch.int64: np.int64, torch.int32: np.int32}[ids]
         # In one piece, for which the system gives large pages: half of the time would go into small ones.
         block = np.empty((3 if with_tokens else 1, rows, length), kind)
@@ -223,7 +227,7 @@ class _Rows:
         readers = [dataset.reader for dataset in sources]
         return _index.fill(
             readers, source, starts, limits, vocabulary, separate,
-            self.tokens, self.labels, self.positions, progress or _index.Progress(),
+            self.tokens, self.labels, self.positions, progress or _index.Progress(), self._all,
         )  # fmt: skip
 
     def batch(

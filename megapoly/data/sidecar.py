@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from megapoly.data.templates import Template
 from megapoly.errors import DataError
 
 Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
@@ -104,7 +105,8 @@ class Sidecar(_Frozen):
     Tokens include the one that ends every document, bytes do not. With ``pack`` the .bin is a row of packs of so many
     tokens, and documents and tokens count their padding; 0 is a stream. Where duplicates were removed, the bytes of
     text that are left are reckoned by the share of their tokens. ``templates`` are those that pairs were written with
-    (:mod:`megapoly.data.bilingual`), each as often as its weight; none for other text.
+    (:mod:`megapoly.data.bilingual`), each as often as its weight; none for other text. ``instructions`` is the template
+    of a dataset whose ids are marked (:mod:`megapoly.data.instructions`); None for text, all of which is learned.
     """
 
     format: Literal["megapoly-indexed"] = "megapoly-indexed"
@@ -118,10 +120,16 @@ class Sidecar(_Frozen):
     padding: Padding | None = None
     duplicates: Duplicates = Duplicates()
     templates: tuple[str, ...] = ()
+    instructions: Template | None = None
     skipped: tuple[Skipped, ...] = ()
     validation: Validation
     checksums: Checksums
     tool: str
+
+    @property
+    def ids(self) -> int:
+        """Number of ids of the .bin: twice the tokenizer's where they are marked."""
+        return self.tokenizer.vocabulary * (2 if self.instructions else 1)
 
     @classmethod
     def read(cls, path: Path) -> Sidecar | None:

@@ -63,7 +63,7 @@ def verify(
     """
     dataset = IndexedDataset(prefix)
     sums = dataset.sidecar.checksums if dataset.sidecar else None
-    limit = dataset.sidecar.tokenizer.vocabulary if dataset.sidecar else vocabulary
+    limit = dataset.sidecar.ids if dataset.sidecar else vocabulary
     columns = dataset.document_indices
     sizes = (columns.offset + len(columns) * columns.itemsize, dataset.tokens * dataset.dtype.itemsize)
     code = next(code for code, name in DTYPES.items() if dataset.dtype == name)

@@ -77,6 +77,8 @@ class Job(pydantic.BaseModel, frozen=True):
                 "fields": list(options.fields),
                 "pairs": options.pairs,
                 "templates": list(options.templates) if options.pairs else [],
+                "instructions": options.instructions.model_dump() if options.instructions else None,
+                "longest": options.most_tokens or None,
                 "key_field": options.key_field,
                 "document": options.document,
                 "validation_fraction": options.validation_fraction,

@@ -19,8 +19,9 @@ from typing import Literal, TypeAlias, TypeVar
 import torch
 
 from megapoly import comm
-from megapoly.checkpoint.weights import Weights, open_weights
+from megapoly.checkpoint.weights import Weights, open_weights, template_of
 from megapoly.context import ParallelContext
+from megapoly.data.templates import Template
 from megapoly.errors import ConfigError, MegapolyError, everywhere
 from megapoly.generate.replica import Replica
 from megapoly.generate.rows import Row, grow
@@ -78,6 +79,7 @@ class Generator:
     Attributes:
         positions: the most tokens of a prompt and its text together.
         notes: sentences for the user about what was assumed when it was opened.
+        template: how the model is asked, where megapoly has trained it on instructions.
     """
 
     def __init__(self, replica: Replica, vocabulary: Vocabulary, batch: int = BATCH) -> None:
@@ -86,6 +88,7 @@ class Generator:
         self.replica, self.vocabulary, self.batch = replica, vocabulary, batch
         self.context, self.positions = replica.context, replica.model.positions
         self.notes: list[str] = []
+        self.template: Template | None = None
 
     @classmethod
     def open(
@@ -114,6 +117,7 @@ class Generator:
         replica = Replica(weights, context, dtype or stored_dtype(weights))
         generator = cls(replica, vocabulary, batch)
         generator.notes = [*weights.notes, *vocabulary.notes]
+        generator.template = template_of(weights)
         return generator
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, first: int = 0) -> list[Completion]:

@@ -6,17 +6,21 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from megapoly.config import Config, Model, load
 from megapoly.data.curriculum import stages_of
+from megapoly.data.epochs import settle
+from megapoly.data.plan import plan_from_config
 from megapoly.data.segments import Source
 from megapoly.instruct.config import load as load_instruct
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 POLYLM = {"1.7b": load(EXAMPLES / "polylm/1.7b.toml"), "13b": load(EXAMPLES / "polylm/13b.toml")}
+TUNING = {"1.7b": load(EXAMPLES / "tuning/1.7b.toml"), "13b": load(EXAMPLES / "tuning/13b.toml")}
 both = pytest.mark.parametrize("config", POLYLM.values(), ids=POLYLM.keys())
 
 
@@ -96,6 +100,42 @@ def test_two_sizes_train_on_the_same_mixture() -> None:
     large, small = POLYLM["13b"].data, POLYLM["1.7b"].data
     assert large.stages == small.stages
     assert math.fsum((large.stages[0].weights or {}).values()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("1.7b", 32), ("13b", 64)])
+def test_tuning_is_the_papers(name: str, batch: int) -> None:
+    """polylm.md, 6; the model is the one that was pre-trained."""
+    config = TUNING[name]
+    assert config.model == POLYLM[name].model
+    assert (config.train.global_batch, config.train.sequence, config.optimizer.learning_rate) == (batch, 2048, 1e-5)
+    assert config.total_tokens == pytest.approx(16e6, rel=0.01)
+    assert config.data.separate_documents
+    assert config.data.loss == "responses"
+    languages = ["ar", "de", "es", "fr", "id", "ja", "ko", "pt", "ru", "th", "vi"]
+    assert [source.language for source in config.data.sources.values()] == languages
+    assert config.on(8).mesh.world_size == 8
+
+
+def test_tuning_with_a_curriculum() -> None:
+    """By the sizes of MultiAlpaca: every example of the first stage once, then the shares move."""
+    config = load(EXAMPLES / "tuning/curriculum.toml")
+    assert config.model == TUNING["1.7b"].model
+    sizes = {"es": 500, "ja": 550, "pt": 560}
+    datasets = {name: _Packs(windows * 2048) for name, windows in sizes.items()}
+    settled, lines = settle(config, datasets)
+    assert [stage.tokens for stage in settled.data.stages] == [51 * 65536, 101 * 65536]
+    assert len(lines) == 2
+    plan = plan_from_config(settled, datasets)
+    _, end = plan.stage_bounds(0)
+    first = dict(zip((source.name for source in plan.sources), plan.counts_at(end).tolist(), strict=True))
+    assert all(abs(first[name] - sizes[name]) <= 32 for name in sizes)
+
+
+@dataclass(frozen=True)
+class _Packs:
+    train_tokens: int
+    identity: str = "x"
+    pack: int = 2048
 
 
 def test_the_readmes_config_runs(tmp_path: Path) -> None:

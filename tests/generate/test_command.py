@@ -158,7 +158,7 @@ def test_torchrun_gives_the_same_texts(folder: Path, capsys: pytest.CaptureFixtu
 
 def test_errors_are_one_message(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        ((folder,), "megapoly: nothing to continue: give --prompt TEXT or --prompts FILE"),
+        ((folder,), "megapoly: nothing to continue: give --prompt TEXT, --prompts FILE or --instruction TEXT"),
         ((folder, "--prompt", "a", "--top-p", "0"), "megapoly: sampling: top_p 0.0 is out of range"),
         ((folder, "--prompt", "a", "--tp", "2"), "megapoly: 1 process was started, which --tp 2 x --pp 1 = 2 does not"),
         ((tmp_path, "--prompt", "a"), f"megapoly: {tmp_path}"),
