@@ -71,6 +71,11 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
         ("megapoly/data/huggingface.py", "tokenizers"),
         ("megapoly/data/huggingface_export.py", "tokenizers"),
         ("megapoly/data/parquet.py", "pyarrow"),
+        ("megapoly/evaluate/metrics.py", "lm_eval"),
+        ("megapoly/evaluate/metrics.py", "rouge_score"),
+        ("megapoly/evaluate/metrics.py", "sacrebleu"),
+        ("megapoly/evaluate/records.py", "datasets"),
+        ("megapoly/evaluate/records.py", "sacrebleu"),
     }
 )
 COLLECTIVE = re.compile(

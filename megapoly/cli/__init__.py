@@ -16,6 +16,7 @@ from megapoly.cli.checkpoint import checkpoint_app
 from megapoly.cli.common import SETTINGS
 from megapoly.cli.convert import convert
 from megapoly.cli.data import data_app
+from megapoly.cli.evaluate import evaluate_models
 from megapoly.cli.generate import generate_texts
 from megapoly.cli.plan import plan_app
 from megapoly.cli.tokenizer import tokenizer_app
@@ -98,3 +99,4 @@ def train(
 
 
 app.command("generate")(generate_texts)
+app.command("evaluate")(evaluate_models)
