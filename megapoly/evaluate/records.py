@@ -14,6 +14,7 @@ from megapoly.data.readers import BadRecord, open_reader
 from megapoly.errors import ConfigError, DataError
 from megapoly.evaluate.benchmarks import Benchmark
 
+WINOGRAD = "xwinograd"  # which has one file for all languages
 _SUFFIXES = ("", ".gz", ".zst")
 
 
@@ -32,12 +33,14 @@ class Records:
 
 
 def find_languages(benchmark: Benchmark, folder: Path) -> list[str]:
-    """Languages for which a folder has a file."""
-    return [
-        language
-        for language in benchmark.languages
-        if any(_find(folder, benchmark.file.format(split=split, language=language)) for split in benchmark.splits)
-    ]
+    """Languages that a folder has."""
+    found = []
+    for language in benchmark.languages:
+        names = [benchmark.file.format(split=split, language=language) for split in benchmark.splits]
+        path = next((path for name in names if (path := _find(folder, name))), None)
+        if path and (benchmark.name != WINOGRAD or any(_winograd(path, language))):
+            found.append(language)
+    return found
 
 
 def read_records(benchmark: Benchmark, language: str, folder: Path) -> Records:
@@ -109,7 +112,7 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _checked(benchmark: Benchmark, language: str, path: Path) -> Iterator[dict[str, Any]]:
-    records = _winograd(path, language) if benchmark.name == "xwinograd" else _lines(path)
+    records = _winograd(path, language) if benchmark.name == WINOGRAD else _lines(path)
     for number, doc in records:
         for field, kind in benchmark.fields.items():
             if not isinstance(doc.get(field), kind):

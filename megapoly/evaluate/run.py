@@ -116,7 +116,11 @@ def evaluate(
 def _prepare(options: Options) -> Iterator[Prepared]:
     names = list(dict.fromkeys(part for name in options.tasks for part in GROUPS.get(name, [name])))
     foreign = [name for name in names if name not in BENCHMARKS and name != BITS]
-    manager = TaskManager(include_path=options.include) if foreign else None
+    manager = None
+    if foreign:  # the harness has thousands of tasks of its own, which take seconds to list
+        manager = TaskManager(include_path=options.include, include_defaults=False)
+        if not set(foreign) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=options.include)
     for name in foreign:
         assert manager
         if name not in manager.all_tasks:
