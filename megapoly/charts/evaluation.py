@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megapoly.charts.figure import new_figure
-from megapoly.evaluate.results import Figure, title_of
+from megapoly.evaluate.results import Figure, chance_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 
 def draw_evaluation(figures: Sequence[Figure]) -> Picture:
-    """Grouped bars with standard errors. Averages have a panel of their own where there are two or more of a unit."""
+    """Grouped bars with standard errors; a dashed line is what guessing gets.
+
+    Averages have a panel of their own where there are two or more of them.
+    """
     models = list(dict.fromkeys(each.model for each in figures))
     panels: list[tuple[str, dict[str, list[Figure]]]] = []
     means: dict[str, list[Figure]] = {}
@@ -22,18 +25,22 @@ def draw_evaluation(figures: Sequence[Figure]) -> Picture:
             name = "" if each.language == "average" else f"\n{each.language}"
             means.setdefault(f"{each.task}{name}", []).append(each)
     if len(means) > 1:
-        panels.append(("averages, %", means))
+        panels.append(("averages", means))
     for task, metric in dict.fromkeys((each.task, each.metric) for each in figures):
         mine = [each for each in figures if (each.task, each.metric) == (task, metric)]
         groups: dict[str, list[Figure]] = {}
         for each in sorted(mine, key=lambda each: bool(each.parts)):
             groups.setdefault(each.language or "all", []).append(each)
-        panels.append((f"{task}\n{title_of(metric)}{f', {mine[0].unit}' if mine[0].unit == '%' else ''}", groups))
+        panels.append((f"{task}\n{title_of(metric)}", groups))
     most = max(len(groups) for _, groups in panels)
     picture = new_figure(max(6.0, 2.0 + 0.2 * most * (len(models) + 1.5)), 0.6 + 2.2 * len(panels))
     all_axes: Any = picture.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (title, groups) in zip(all_axes, panels):
         _panel(axes, title, groups, models)
+        chance = chance_of(next(iter(groups.values()))[0].task) if title != "averages" else None
+        if chance is not None:
+            axes.axhline(chance, color="0.3", linewidth=0.8, linestyle="--")
+    picture.align_ylabels()
     handles, labels = all_axes[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside upper center", ncols=min(4, len(models)), frameon=False)
     return picture

@@ -24,7 +24,7 @@ from megapoly.errors import MegapolyError
 
 app = typer.Typer(
     name="megapoly",
-    help="Multilingual language models in 3D parallel, from raw text to a trained, sampled model.",
+    help="Multilingual language models in 3D parallel, from raw text to a trained, sampled, evaluated model.",
     add_completion=False,
     **SETTINGS,
 )

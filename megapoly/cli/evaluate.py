@@ -85,7 +85,7 @@ def evaluate_models(
         return
     if picture is not None:
         check_picture(picture)
-    saved = [*(path for path in models or [] if path.suffix == ".json"), *(compare or [])]
+    saved = [*(compare or []), *(path for path in models or [] if path.suffix == ".json")]
     measured = [path for path in models or [] if path.suffix != ".json"]
     report = _Report(saved, _names(covered), json_file, markdown, picture, samples)
     if not measured:

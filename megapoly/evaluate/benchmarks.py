@@ -46,6 +46,7 @@ class Benchmark:
         fields: that a record has, with their types.
         options, answer: sentences of a record, and the number of the right one.
         prompt, targets: the question as text, and answers to it.
+        chance: what guessing gets, of 100; None where it gets nothing.
         cue, gap: of a base model: what asks for the answer, and what stands before that of an example.
     """
 
@@ -61,6 +62,7 @@ class Benchmark:
     answer: Callable[[Doc], int] = lambda doc: doc["label"]
     prompt: Callable[[Doc, str], str] = lambda doc, language: ""
     targets: Callable[[Doc], list[str]] = lambda doc: [doc["target"]]
+    chance: float | None = None
     cue: str = "\n"
     gap: str = ""
 
@@ -149,6 +151,7 @@ _CHOICES = {
         hub=Hub("facebook/xnli", ("test", "validation"), convert=_hub_xnli),
         options=_xnli,
         answer=lambda doc: _LABELS.index(doc["label"]),
+        chance=100 / 3,
     ),
     "pawsx": Benchmark(
         name="pawsx",
@@ -160,6 +163,7 @@ _CHOICES = {
         fields={"sentence1": str, "sentence2": str, "label": int},
         hub=Hub("google-research-datasets/paws-x", ("test", "validation")),
         options=_pawsx,
+        chance=50.0,
     ),
     "xcopa": Benchmark(
         name="xcopa",
@@ -171,6 +175,7 @@ _CHOICES = {
         fields={"premise": str, "choice1": str, "choice2": str, "question": str, "label": int},
         hub=Hub("cambridgeltl/xcopa", ("test", "validation")),
         options=_xcopa,
+        chance=50.0,
     ),
     "xwinograd": Benchmark(
         name="xwinograd",
@@ -187,6 +192,7 @@ _CHOICES = {
             convert=_hub_xwinograd,
         ),
         options=_xwinograd,
+        chance=50.0,
     ),
 }
 

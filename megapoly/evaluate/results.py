@@ -148,6 +148,11 @@ def title_of(metric: str) -> str:
     return _TITLES.get(metric, metric)
 
 
+def chance_of(task: str) -> float | None:
+    """What guessing gets, of 100."""
+    return BENCHMARKS[task].chance if task in BENCHMARKS else None
+
+
 def markdown(figures: Sequence[Figure], notes: Iterable[str]) -> str:
     """A page with the table."""
     made = table(figures)
@@ -165,7 +170,8 @@ def notes(figures: Sequence[Figure]) -> list[str]:
         for how in dict.fromkeys(
             _asked(each) for each in figures if each.task == task and not each.parts and each.language
         ):
-            lines.append(f"{task}: {how}")
+            chance = chance_of(task)
+            lines.append(f"{task}: {how}" + ("" if chance is None else f"; chance gets {chance:.1f}"))
     return lines
 
 

@@ -86,7 +86,7 @@ def make(folder: Path, count: int = 4) -> Path:
             for i in range(count)
         ),
     )
-    for pair in ("de-en", "en-zh"):
+    for pair in ("de-en", "zh-en", "en-zh"):
         source, target = pair.split("-")
         write(
             folder / f"wmt20/{pair}.jsonl.gz",
