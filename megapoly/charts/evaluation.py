@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megapoly.charts.figure import new_figure
-from megapoly.evaluate.results import Figure, chance_of, title_of
+from megapoly.evaluate.results import COVERED, Figure, chance_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
@@ -21,9 +21,9 @@ def draw_evaluation(figures: Sequence[Figure]) -> Picture:
     panels: list[tuple[str, dict[str, list[Figure]]]] = []
     means: dict[str, list[Figure]] = {}
     for each in figures:
-        if each.parts and each.unit == "%":
+        if each.parts and each.unit == "%" and each.language != COVERED:
             name = "" if each.language == "average" else f"\n{each.language}"
-            means.setdefault(f"{each.task}{name}", []).append(each)
+            means.setdefault(f"{each.task}{name}".replace("_", "\n"), []).append(each)
     if len(means) > 1:
         panels.append(("averages", means))
     for task, metric in dict.fromkeys((each.task, each.metric) for each in figures):
@@ -58,6 +58,7 @@ def _panel(axes: Any, title: str, groups: dict[str, list[Figure]], models: Seque
         )  # fmt: skip
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set_ylim(0, None if any(each.value for group in groups.values() for each in group) else 1)
     first = next((place for place, group in enumerate(groups.values()) if group[0].parts), 0)
     if first > 0:
         axes.axvline(first - 0.5, color="0.7", linewidth=0.8)

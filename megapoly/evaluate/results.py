@@ -167,11 +167,14 @@ def notes(figures: Sequence[Figure]) -> list[str]:
     if any(each.task == BITS for each in figures):
         lines.append("Of bits per byte less is better, of all others more.")
     for task in dict.fromkeys(each.task for each in figures):
-        for how in dict.fromkeys(
-            _asked(each) for each in figures if each.task == task and not each.parts and each.language
-        ):
-            chance = chance_of(task)
-            lines.append(f"{task}: {how}" + ("" if chance is None else f"; chance gets {chance:.1f}"))
+        asked: dict[str, dict[str, None]] = {}  # languages by how they are asked, in their order
+        for each in figures:
+            if each.task == task and each.language and not each.parts:
+                asked.setdefault(_asked(each), {})[each.language] = None
+        chance = chance_of(task)
+        for how, languages in asked.items():
+            where = f" in {', '.join(languages)}" if len(asked) > 1 else ""
+            lines.append(f"{task}{where}: {how}" + ("" if chance is None else f"; chance gets {chance:.1f}"))
     return lines
 
 

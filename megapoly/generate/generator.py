@@ -33,7 +33,7 @@ R = TypeVar("R")
 Prompt: TypeAlias = "str | Sequence[int]"
 Told: TypeAlias = "Callable[[float], object]"
 BATCH = 16
-_SCORED = 4096  # tokens of a pass that scores
+_SCORED = 2048  # tokens of a pass that scores
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def make(folder: Path, count: int = 4) -> Path:
         pronoun = json.dumps([words[at], [at, at + 1], [words[at]]])
         candidates = json.dumps([[name, span, name.split(), i == 1] for i, (name, span) in enumerate(names)])
         lines.append("\t".join([language, "original", "?", whole, json.dumps(tokens), pronoun, candidates]))
-    (folder / "xwinograd").mkdir()
+    (folder / "xwinograd").mkdir(parents=True)
     (folder / "xwinograd/dataset.tsv").write_text("\n".join(lines) + "\n")
     write(folder / "text.en.jsonl", ({"text": " ".join(sentence(draw, "en") for _ in range(n))} for n in (1, 30, 12)))
     return folder
