@@ -16,6 +16,7 @@ from megapoly.cli.checkpoint import checkpoint_app
 from megapoly.cli.common import SETTINGS
 from megapoly.cli.convert import convert
 from megapoly.cli.data import data_app
+from megapoly.cli.evaluate import evaluate_models
 from megapoly.cli.generate import generate_texts
 from megapoly.cli.instruct import instruct_app
 from megapoly.cli.plan import plan_app
@@ -24,7 +25,7 @@ from megapoly.errors import MegapolyError
 
 app = typer.Typer(
     name="megapoly",
-    help="Multilingual language models in 3D parallel, from raw text to a trained, sampled model.",
+    help="Multilingual language models in 3D parallel, from raw text to a trained, sampled, evaluated model.",
     add_completion=False,
     **SETTINGS,
 )
@@ -100,3 +101,4 @@ def train(
 
 
 app.command("generate")(generate_texts)
+app.command("evaluate")(evaluate_models)

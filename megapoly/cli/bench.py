@@ -272,6 +272,45 @@ def bench_rouge(
     _tell(document, "rouge", rouge, json_file, save)
 
 
+@bench_app.command("evaluate")
+def bench_evaluate(
+    data: Annotated[Path, typer.Option(help="Folder with xnli/, xcopa/ ...")],
+    tasks: Annotated[str, typer.Option(help="Of the benchmark.")] = "xnli,xcopa,pawsx,xwinograd",
+    limit: Annotated[int, typer.Option(min=1, help="Records of each task and language.")] = 8,
+    family: Annotated[
+        Literal["llama", "gpt2", "bloom"], typer.Option(help="Of the model, which has random weights.")
+    ] = "llama",
+    layers: Annotated[int, typer.Option(min=1)] = 12,
+    hidden: Annotated[int, typer.Option(min=1)] = 768,
+    heads: Annotated[int, typer.Option(min=1)] = 12,
+    groups: Annotated[int, typer.Option(min=1, help="Key-value heads of llama.")] = 4,
+    vocabulary: Annotated[int, typer.Option(min=300)] = 32000,
+    positions: Annotated[int, typer.Option(min=64)] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Most of a generated text.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Requests of the peer and texts at a time.")] = 16,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each side; the median counts.")] = 3,
+    json_file: JsonFile = None,
+    save: Save = None,
+) -> None:
+    """Records of benchmarks on the CPU in fp32 beside lm-evaluation-harness's class for transformers, in turns.
+
+    [bold]Example:[/bold] megapoly bench evaluate --data benchmarks --tasks xnli,xcopa --json evaluate.json
+    """
+    from megapoly.bench import evaluate, report
+
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is no folder; give one with xnli/, xcopa/ and so on")
+    options = evaluate.Options(
+        str(data.resolve()), _names(tasks), limit, family, layers, hidden, heads, groups, vocabulary, positions, tokens,
+        batch, threads, repeats,
+    )  # fmt: skip
+    with Console(stderr=True).status("") as status:
+        rows = evaluate.measure(options, status.update)
+    document = report.make_report(rows, report.cpu_name(), evaluate.settings(options))
+    _tell(document, "evaluate", evaluate, json_file, save)
+
+
 class _Style(Protocol):
     """A module that shows the rows of one benchmark."""
 

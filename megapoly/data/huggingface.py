@@ -20,7 +20,8 @@ class HuggingFaceTokenizer:
 
     Attributes:
         vocabulary: number of ids, added tokens included.
-        eos: id of the token that ends a text, as the ``tokenizer_config.json`` beside it says; None where it does not.
+        bos, eos: ids of the tokens that begin and end a text, as the ``tokenizer_config.json`` beside it says; None
+            where it does not.
 
     Raises:
         ConfigError: the library is not installed.
@@ -46,7 +47,8 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocabulary = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-        self.eos = self._eos()
+        settings = read_settings(path.with_name(SETTINGS))
+        self.bos, self.eos = (self._special(settings.get(name)) for name in ("bos_token", "eos_token"))
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """Ids of a text; with ``begins`` after the token that begins one where the tokenizer adds it.
@@ -78,12 +80,16 @@ class HuggingFaceTokenizer:
             raise DataError(f"{self.path}: cannot encode a text ({error})") from error
         return [len(each.ids) for each in encoded]
 
-    def _eos(self) -> int | None:
-        token = read_settings(self.path.with_name(SETTINGS)).get("eos_token")
+    def _special(self, token: Any) -> int | None:
+        """The id of a token as settings name it: its text, or an object with that."""
         if isinstance(token, dict):
             token = token.get("content")
         found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
         return None if found is None else int(found)
+
+    def piece(self, token: int) -> str:
+        """The text of one token, special ones too."""
+        return str(self._tokenizer.id_to_token(token))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -26,12 +26,15 @@ from megapoly.errors import ConfigError, MegapolyError, everywhere
 from megapoly.generate.replica import Replica
 from megapoly.generate.rows import Row, grow
 from megapoly.generate.sampling import Sampling
+from megapoly.generate.trees import PrefixTree, plant
 from megapoly.generate.vocabulary import Vocabulary
 
 T = TypeVar("T")
 R = TypeVar("R")
 Prompt: TypeAlias = "str | Sequence[int]"
+Told: TypeAlias = "Callable[[float], object]"
 BATCH = 16
+_SCORED = 2048  # tokens of a pass that scores
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ class Generator:
         generator.template = template_of(weights)
         return generator
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, first: int = 0) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, first: int = 0, told: Told = lambda share: None
+    ) -> list[Completion]:
         """``sampling.samples`` texts for each prompt, in the order of the prompts.
 
         A text depends on its prompt, on the number of it and on ``sampling`` alone: not on the layout, nor on what else
@@ -129,6 +134,7 @@ class Generator:
         Args:
             prompts: texts, or their ids. An empty one begins a document.
             first: number of the first of them.
+            told: of the share of this replica's texts that are done.
 
         Raises:
             ConfigError: a prompt that leaves no position for a token.
@@ -142,7 +148,7 @@ class Generator:
                 pass
             return [_completion(row, self._text(prompts[number])) for row, (number, _) in zip(rows, mine)]
 
-        return self._share_out(works, lambda each: len(ids[each[0]]), work)
+        return self._share_out(works, lambda each: len(ids[each[0]]), work, told=told)
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """The text after one prompt in parts, as they come: whole characters, and nothing of a stop string.
@@ -174,14 +180,40 @@ class Generator:
         """
         if len(contexts) != len(continuations):
             raise ConfigError(f"log_likelihood: {len(contexts)} contexts, but {len(continuations)} continuations")
-        rows = [self._pair(number, *pair) for number, pair in enumerate(zip(contexts, continuations))]
+        return self.score([self._pair(number, *pair) for number, pair in enumerate(zip(contexts, continuations))])
 
-        def work(mine: list[int]) -> list[Likelihood]:
-            scored = self.replica.score([rows[i][0] for i in mine], [rows[i][1] for i in mine])
-            return [Likelihood(sum(values), greedy, len(values)) for values, greedy in scored]
+    @torch.inference_mode()
+    def score(self, rows: Sequence[tuple[Sequence[int], int]], told: Told = lambda share: None) -> list[Likelihood]:
+        """How likely the last tokens of each row are after those before them; what rows share is computed once.
 
-        with torch.inference_mode():
-            return self._share_out(list(range(len(rows))), lambda i: len(rows[i][0]), work)
+        Args:
+            rows: ids, and how many of the last ones are scored. Each has at least one more, and at most one more than
+                the model's positions.
+            told: of the share of this replica's work that is done.
+        """
+        trees = plant([row for row, _ in rows], [count for _, count in rows])
+
+        def work(mine: list[PrefixTree]) -> list[list[tuple[int, Likelihood]]]:
+            values, hits = self.replica.score(mine).tolist()
+            result, begin = [], 0
+            for tree in mine:
+                found = []
+                for number, labels in tree.rows:
+                    own = [begin + i for i in labels]
+                    likely = Likelihood(sum(values[i] for i in own), all(hits[i] for i in own), len(own))
+                    found.append((number, likely))
+                result.append(found)
+                begin += len(tree.labels)
+            return result
+
+        chains = [tree for tree in trees if tree.is_chain]  # apart: a pass over them alone has no mask
+        others = [tree for tree in trees if not tree.is_chain]
+        found: dict[int, Likelihood] = {}
+        for part, done in ((others, 0.0), (chains, len(others) / max(1, len(trees)))):
+            weight = len(part) / max(1, len(trees))
+            for each in self._share_out(part, len, work, _SCORED, lambda share: told(done + weight * share)):  # noqa: B023
+                found.update(each)
+        return [found[i] for i in range(len(rows))]
 
     def _row(self, ids: list[int], sampling: Sampling, index: int = 0, sample: int = 0) -> Row:
         vocabulary = self.vocabulary
@@ -242,17 +274,28 @@ class Generator:
     def _text(self, prompt: Prompt) -> str:
         return prompt if isinstance(prompt, str) else self.vocabulary.decode(prompt)
 
-    def _share_out(self, works: list[T], size: Callable[[T], int], work: Callable[[list[T]], list[R]]) -> list[R]:
+    def _share_out(
+        self,
+        works: Sequence[T],
+        size: Callable[[T], int],
+        work: Callable[[list[T]], list[R]],
+        tokens: int | None = None,
+        told: Told = lambda share: None,
+    ) -> list[R]:
         """Results of ``work`` on all of ``works``, in their order. Batches are of neighbours in size.
 
-        Replicas of the model take turns in the order of size, so that each has its share of the long ones.
+        A batch has at most ``tokens``, filled up to its longest; without a number it is :attr:`batch` works. Replicas
+        of the model take turns in the order of size, so that each has its share of the long ones.
         """
         dp = self.context.dp
         order = sorted(range(len(works)), key=lambda i: -size(works[i]))[dp.rank :: dp.size]
         mine: dict[int, R] = {}
-        for begin in range(0, len(order), self.batch):
-            part = order[begin : begin + self.batch]
+        while len(mine) < len(order):
+            longest = size(works[order[len(mine)]])
+            count = self.batch if tokens is None else max(1, tokens // longest)
+            part = order[len(mine) : len(mine) + count]
             mine.update(zip(part, work([works[i] for i in part])))
+            told(len(mine) / len(order))
         found = comm.gather_objects(mine if self.context.model.rank == 0 else {}, self.context.control)
         merged = {i: result for each in found or [] for i, result in each.items()}
         return comm.broadcast_object([merged.get(i) for i in range(len(works))], self.context.control)

@@ -9,7 +9,9 @@ Shapes: S sequence, B rows, H hidden, V vocabulary, N positions whose logits are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from megapoly.config import Layout, Model
 from megapoly.config_checks import check_shares
 from megapoly.context import ParallelContext
 from megapoly.errors import ConfigError
+from megapoly.generate.trees import PrefixTree
 from megapoly.layers.cache import KeyValueCache
 from megapoly.layers.call import Call, Place, accumulation_dtype
 from megapoly.models.cost import layer_ranges
@@ -78,38 +81,45 @@ class Replica:
             values = torch.zeros(shape, dtype=torch.float64, device=self.context.device)
         return comm.all_reduce(values, model).cpu()
 
-    def score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> list[tuple[list[float], bool]]:
-        """Of the last ``counts`` tokens of every row: log-probabilities, and whether each is the likeliest."""
-        # The last token is not read. Rows end where they do: what comes after changes nothing before it.
-        inputs = [list(row[:-1]) for row in rows]
-        length = max(map(len, inputs))
-        tokens_SB = torch.tensor([row + [0] * (length - len(row)) for row in inputs]).t().to(self.context.device)
-        positions_SB = torch.arange(length, device=self.context.device).unsqueeze(1).expand_as(tokens_SB)
-        x_SBH = self._pass(Call(positions_SB, tokens_SB=tokens_SB if self.first else None))
-        self._settle()
-        places = [(at, b) for b, row in enumerate(inputs) for at in range(len(row) - counts[b], len(row))]
-        found = None
-        if self.last:
-            at_N, row_N = torch.tensor(places, device=self.context.device).t()
-            labels = torch.tensor([rows[b][at + 1] for at, b in places], device=self.context.device)
-            found = self._likelihoods(x_SBH[at_N, row_N], labels)
-        values, hits = self.agree(found, (2, len(places))).tolist()
-        result, begin = [], 0
-        for count in counts:
-            end = begin + count
-            result.append((values[begin:end], all(hits[begin:end])))
-            begin = end
-        return result
+    def score(self, trees: Sequence[PrefixTree]) -> Tensor:
+        """Of all labels of the trees, one tree after another: ``[2, N]``, float64, on the CPU of all ranks.
 
-    def _likelihoods(self, x_NH: Tensor, labels_N: Tensor) -> Tensor:
-        """``[2, N]``, float64: log-probabilities of the labels, and 1 where a label is the likeliest."""
-        parts = []
+        Log-probabilities, and 1 where a label is the likeliest.
+        """
+        device, length = self.context.device, max(map(len, trees))
+        tokens_SB = _filled_up([tree.tokens for tree in trees], length).to(device)
+        mask_BSS = None
+        if not all(tree.is_chain for tree in trees):
+            mask_BSS = torch.from_numpy(np.stack([tree.mask(length) for tree in trees])).to(device)
+            positions_SB = _filled_up([tree.positions for tree in trees], length).to(device)
+        else:  # of all rows, also behind their ends: what comes after changes nothing before it
+            positions_SB = torch.arange(length, device=device).unsqueeze(1).expand_as(tokens_SB)
+        x_SBH = self._pass(Call(positions_SB, mask_BSS=mask_BSS, tokens_SB=tokens_SB if self.first else None))
+        self._settle()
+        found = None
+        labels = [(at, b, label) for b, tree in enumerate(trees) for at, label in tree.labels]
+        if self.last:
+            at_N, row_N, label_N = torch.tensor(labels, device=device).t()
+            found = self._likelihoods(x_SBH, at_N, row_N, label_N)
+        return self.agree(found, (2, len(labels)))
+
+    def _likelihoods(self, x_SBH: Tensor, at_N: Tensor, row_N: Tensor, label_N: Tensor) -> Tensor:
+        """``[2, N]``, float64. Of a place that has several labels the logits are made once."""
+        width = x_SBH.shape[1]
+        places_M, of_N = torch.unique(at_N * width + row_N, return_inverse=True)
+        order_N = of_N.argsort(stable=True)
         step = max(1, _LOGITS // self.model.vocabulary)
-        for x, labels in zip(x_NH.split(step), labels_N.split(step)):
-            logits = self._logits(x)
-            own = log_probabilities(logits, labels)
-            parts.append(torch.stack((own, (logits.argmax(-1) == labels).double())))
-        return torch.cat(parts, 1)
+        bounds = torch.searchsorted(of_N[order_N], torch.arange(0, len(places_M) + step, step, device=of_N.device))
+        result = torch.empty(2, len(label_N), dtype=torch.float64, device=x_SBH.device)
+        x_MH = x_SBH.flatten(0, 1)
+        for i, (begin, end) in enumerate(pairwise(bounds.tolist())):
+            mine_K = order_N[begin:end]
+            logits_MV = self._logits(x_MH[places_M[i * step : (i + 1) * step]])
+            own_K, labels_K = of_N[mine_K] - i * step, label_N[mine_K]
+            sums_M = logits_MV.logsumexp(-1).double()
+            result[0, mine_K] = logits_MV[own_K, labels_K].double() - sums_M[own_K]
+            result[1, mine_K] = (logits_MV.argmax(-1)[own_K] == labels_K).double()
+        return result
 
     def _advance(self, cache: KeyValueCache, tokens_SB: Tensor) -> Tensor:
         count = len(tokens_SB)
@@ -143,6 +153,11 @@ class Replica:
         whole_VN = comm.all_gather(logits_1NV[0].t(), self.context.tp) if self.context.tp.size > 1 else None
         logits_NV = logits_1NV[0] if whole_VN is None else whole_VN.t()
         return logits_NV[:, : self.model.vocabulary].to(accumulation_dtype(self.dtype))
+
+
+def _filled_up(rows: Sequence[Sequence[int]], length: int) -> Tensor:
+    """``[length, B]``, int64, with zeros behind the rows."""
+    return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]).t()
 
 
 def log_probabilities(logits_NV: Tensor, ids_N: Tensor) -> Tensor:

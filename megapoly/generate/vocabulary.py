@@ -20,6 +20,8 @@ class Vocabulary:
         size: number of ids.
         ends: ids that end a text.
         beginning: ids of an empty text: what begins one, or else what ended the one before.
+        prefix: id that stands before a text whose first token is scored: what begins one where there is such a token,
+            as in lm-evaluation-harness.
         notes: sentences for the user about what could not be proven.
 
     Raises:
@@ -47,6 +49,7 @@ class Vocabulary:
             )
         self.notes = [] if file is None else _unproven(weights, file)
         self.beginning = self.encode("") or [min(self.ends, default=0)]
+        self.prefix = self._find_prefix()
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """Ids of a text; with ``begins`` after the token that begins one, where the model was trained with it."""
@@ -54,6 +57,18 @@ class Vocabulary:
             return self._tokenizer.encode(text, begins)
         ids = self._tokenizer.encode(text)
         return self._before + ids if begins else ids
+
+    def encode_whole(self, text: str) -> list[int]:
+        """As :meth:`encode`; a text that begins with the very words of :attr:`prefix` gets no second one."""
+        tokenizer = self._tokenizer
+        special = isinstance(tokenizer, HuggingFaceTokenizer) and text.startswith(tokenizer.piece(self.prefix))
+        return self.encode(text, begins=not special)
+
+    def _find_prefix(self) -> int:
+        if isinstance(self._tokenizer, HuggingFaceTokenizer):
+            found = (self._tokenizer.bos, self._tokenizer.eos, self.beginning[-1])
+            return next(token for token in found if token is not None)
+        return self._before[0] if self._before else self._tokenizer.eod
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids)

@@ -50,6 +50,11 @@ class Alibi:
             self._causal = self._biases(length).masked_fill(~visible, -torch.inf)
         return self._causal
 
+    def between(self, positions_SB: Tensor, mask_BSS: Tensor) -> Tensor:
+        """The same ``[B, A, S, S]`` where tokens that are neighbours in the sequence are none in their text."""
+        distances_BSS = positions_SB.t().unsqueeze(2) - positions_SB.t().unsqueeze(1)
+        return self._sloping(distances_BSS.unsqueeze(1)).masked_fill(~mask_BSS.unsqueeze(1), -torch.inf)
+
     def cached(self, begin: int, count: int, capacity: int, mask: Tensor | None) -> Tensor:
         """Scores ``[B, A, S, T]`` of ``count`` tokens after ``begin`` others, and a mask, see
         :meth:`megapoly.layers.cache.KeyValueCache.mask`.
@@ -70,5 +75,8 @@ class Alibi:
         """Of all tokens from ``begin`` on to those of ``length``: ``[1, A, length - begin, length]``."""
         at = torch.arange(length, device=self.slopes_A.device)
         distances_SS = at[begin:].unsqueeze(1) - at
+        return self._sloping(distances_SS).unsqueeze(0)
+
+    def _sloping(self, distances: Tensor) -> Tensor:
         wide = torch.promote_types(self.dtype, torch.float32)
-        return -(self.slopes_A.to(wide)[:, None, None] * distances_SS).to(self.dtype).unsqueeze(0)
+        return -(self.slopes_A.to(wide)[:, None, None] * distances).to(self.dtype)

@@ -164,6 +164,8 @@ class DecoderStage(nn.Module):
         mask_BSS = call.mask_BSS
         if call.cu_seqlens is not None:
             mask_BSS = document_mask(document_numbers(call.cu_seqlens, *call.positions_SB.t().shape))
+        if self.alibi is not None and call.mask_BSS is not None:
+            return replace(call, scores_BASS=self.alibi.between(call.positions_SB, call.mask_BSS))
         if self.alibi is not None:
             return replace(call, scores_BASS=self.alibi.scores(call.positions_SB.shape[0], mask_BSS))
         return replace(call, mask_BSS=mask_BSS, rotary=rotary)

@@ -1,0 +1,210 @@
+"""Figures of models on tasks: rows in files, their averages, and tables. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megapoly.bench.report import markdown_table
+from megapoly.errors import ConfigError, DataError
+from megapoly.evaluate.benchmarks import BENCHMARKS, BITS
+
+COVERED = "covered"
+_TITLES = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy",
+    "f1": "F1",
+    "bleu": "BLEU",
+    "rouge": "ROUGE",
+    BITS: "bits per byte",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of one model.
+
+    Attributes:
+        name: task and language.
+        language: of the task, or what it is an average of; empty for tasks of the harness.
+        error: standard error; None where it is not known.
+        samples: records that it is of.
+        shots: examples before each question.
+        tuned: whether it was asked as a tuned model.
+        split: of the data.
+        parts: languages of an average.
+    """
+
+    model: str
+    task: str
+    language: str
+    metric: str
+    value: float
+    error: float | None
+    unit: str = "%"
+    samples: int = 0
+    shots: int = 0
+    tuned: bool = False
+    split: str = ""
+    parts: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "/".join(filter(None, (self.task, self.language)))
+
+    def row(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+
+def averages(figures: Sequence[Figure], covered: Sequence[str] = ()) -> list[Figure]:
+    """Means over the languages of each task and model, and over those of them in ``covered`` where it is given."""
+    found: list[Figure] = []
+    for model, task in dict.fromkeys((each.model, each.task) for each in figures):
+        mine = {each.language: each for each in figures if (each.model, each.task) == (model, task)}
+        benchmark = BENCHMARKS.get(task)
+        if benchmark is None and task != BITS:
+            continue
+        languages = list(mine)
+        kinds = benchmark.averages(languages) if benchmark else {"average": languages}
+        if covered and not (benchmark and benchmark.is_translation):
+            kinds[COVERED] = [each for each in languages if each in covered]
+        for name, part in kinds.items():
+            if part:
+                found.append(_average(name, [mine[each] for each in part]))
+    return found
+
+
+def _average(name: str, parts: Sequence[Figure]) -> Figure:
+    errors = [each.error for each in parts]
+    known = [error for error in errors if error is not None]
+    error = math.sqrt(sum(each * each for each in known)) / len(parts) if len(known) == len(parts) else None
+    first, value = parts[0], sum(each.value for each in parts) / len(parts)
+    return Figure(
+        first.model, first.task, name, first.metric, value, error, first.unit, sum(each.samples for each in parts),
+        first.shots, first.tuned, "", tuple(each.language for each in parts),
+    )  # fmt: skip
+
+
+def read_figures(path: Path) -> list[Figure]:
+    """The figures in a file of ``--json``.
+
+    Raises:
+        DataError: it cannot be read, or is no such file.
+    """
+    try:
+        rows = json.loads(path.read_bytes())["rows"]
+        known = {field.name for field in fields(Figure)}
+        figures = [Figure(**{key: value for key, value in row.items() if key in known}) for row in rows]
+        return [Figure(**{**vars(each), "parts": tuple(each.parts)}) for each in figures]
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); give a file of megapoly evaluate --json"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: is no file of megapoly evaluate --json ({error!r})") from error
+
+
+def tell_apart(names: Sequence[str]) -> list[str]:
+    """Short names of paths: their last parts, as many as it takes to tell them apart."""
+    parts = [Path(name).parts for name in names]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        short = ["/".join(each[-count:]) for each in parts]
+        if len(set(short)) == len(set(names)):
+            return short
+    return list(names)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as texts: heads, and rows by task; an empty row stands between tasks."""
+
+    heads: list[str]
+    rows: list[list[str]]
+
+
+def table(figures: Sequence[Figure]) -> Table:
+    """Languages and averages of each task, with a column for each model."""
+    models = list(dict.fromkeys(each.model for each in figures))
+    at = {(each.model, each.task, each.metric, each.language): each for each in figures}
+    rows: list[list[str]] = []
+    for task, metric in dict.fromkeys((each.task, each.metric) for each in figures):
+        mine = [each for each in figures if (each.task, each.metric) == (task, metric)]
+        if rows and (len({each.language for each in mine}) > 1 or rows[-1][1]):
+            rows.append([""] * (3 + len(models)))
+        title = f"{task}, {title_of(metric)}"
+        for language in _ordered(mine):
+            cells = [_cell(at.get((model, task, metric, language))) for model in models]
+            samples = max(each.samples for each in mine if each.language == language)
+            rows.append([title, language, f"{samples:,}", *cells])
+            title = ""
+    return Table(["task", "language", "records", *models], rows)
+
+
+def title_of(metric: str) -> str:
+    return _TITLES.get(metric, metric)
+
+
+def chance_of(task: str) -> float | None:
+    """What guessing gets, of 100."""
+    return BENCHMARKS[task].chance if task in BENCHMARKS else None
+
+
+def markdown(figures: Sequence[Figure], notes: Iterable[str]) -> str:
+    """A page with the table."""
+    made = table(figures)
+    rows = [row for row in made.rows if any(row)]
+    lines = ["# megapoly evaluate", "", *(f"- {note}" for note in notes), "", *markdown_table(made.heads, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def notes(figures: Sequence[Figure]) -> list[str]:
+    """What the table shows."""
+    lines = ["± is a standard error; averages are over the languages, each with the same weight."]
+    if any(each.task == BITS for each in figures):
+        lines.append("Of bits per byte less is better, of all others more.")
+    for task in dict.fromkeys(each.task for each in figures):
+        asked: dict[str, dict[str, None]] = {}  # languages by how they are asked, in their order
+        for each in figures:
+            if each.task == task and each.language and not each.parts:
+                asked.setdefault(_asked(each), {})[each.language] = None
+        chance = chance_of(task)
+        for how, languages in asked.items():
+            where = f" in {', '.join(languages)}" if len(asked) > 1 else ""
+            lines.append(f"{task}{where}: {how}" + ("" if chance is None else f"; chance gets {chance:.1f}"))
+    return lines
+
+
+def check_unique(figures: Sequence[Figure]) -> None:
+    """Refuse two figures of one model for the same.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    seen: set[tuple[str, ...]] = set()
+    for each in figures:
+        key = (each.model, each.task, each.metric, each.language)
+        if key in seen:
+            raise ConfigError(f"{each.model}: has {each.name} twice; give every model and file once")
+        seen.add(key)
+
+
+def _asked(figure: Figure) -> str:
+    shots = f"{figure.shots} example{'' if figure.shots == 1 else 's'}" if figure.shots else "no example"
+    return f"{figure.split or 'text'}, {shots}{', as a tuned model' if figure.tuned else ''}"
+
+
+def _ordered(figures: Sequence[Figure]) -> list[str]:
+    """Languages, then averages."""
+    return list(dict.fromkeys(each.language for each in sorted(figures, key=lambda each: bool(each.parts))))
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    places = 3 if figure.unit != "%" else 1
+    error = "" if figure.error is None else f" ± {figure.error:.{places}f}"
+    return f"{figure.value:.{places}f}{error}"

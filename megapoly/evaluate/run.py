@@ -1,0 +1,219 @@
+"""One model on tasks: of the benchmark, bits per byte, and any other task of the harness."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval import evaluator
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from megapoly.errors import ConfigError, DataError
+from megapoly.evaluate import metrics
+from megapoly.evaluate.benchmarks import BENCHMARKS, BITS, GROUPS, Benchmark
+from megapoly.evaluate.leader import Leader
+from megapoly.evaluate.model import HarnessModel
+from megapoly.evaluate.records import fetch_records, find_languages, read_records
+from megapoly.evaluate.results import Figure
+from megapoly.evaluate.tasks import make_bits_task, make_task
+
+_SEED = 1234  # of the harness, for which examples a question gets
+_BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how.
+
+    Attributes:
+        tasks: names; groups of the harness too.
+        languages: of the benchmark's tasks; none: all that the data has.
+        data: folder of local files; None fetches them.
+        texts: files for bits per byte, by language.
+        limit: records of each task and language.
+        shots: examples before a question; None: one for texts of base models, else none, and the harness's own.
+        tuned: see :func:`megapoly.evaluate.tasks.make_task`.
+        most: tokens of a text.
+        include: folder with further tasks of the harness.
+    """
+
+    tasks: Sequence[str]
+    languages: Sequence[str] = ()
+    data: Path | None = None
+    texts: Mapping[str, Path] = field(default_factory=dict)
+    limit: int | None = None
+    shots: int | None = None
+    tuned: bool = False
+    most: int | None = None
+    include: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task of the harness, and what its figure is called."""
+
+    task: Task
+    name: str
+    language: str = ""
+    metric: str = ""
+    split: str = ""
+
+
+def prepare(options: Options) -> list[Prepared]:
+    """Read the data of all tasks.
+
+    Raises:
+        ConfigError: a task that is not known, or has none of the languages.
+        DataError: data that are not there, or are not as they should be.
+    """
+    with _quiet():
+        return list(_prepare(options))
+
+
+def evaluate(
+    leader: Leader, model: str, tasks: Sequence[Prepared], options: Options, told: Callable[[str, float], object]
+) -> tuple[list[Figure], list[dict[str, Any]]]:
+    """Figures of a model, and what it answered to every question.
+
+    Args:
+        model: its name in the figures.
+
+    Raises:
+        ConfigError, DataError: a request that does not fit the model.
+    """
+    harness = HarnessModel(leader, options.most, told)
+    # What an evaluation before this one has left is none of this model's.
+    for each in tasks:
+        each.task.set_fewshot_seed(_SEED)
+    with _quiet():
+        found: Any = evaluator.evaluate(
+            harness,
+            {"tasks": {each.task.task_name: each.task for each in tasks}, "groups": {}},
+            limit=options.limit,
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=True,
+        )
+    figures: list[Figure] = []
+    samples: list[dict[str, Any]] = []
+    for each in tasks:
+        name = each.task.task_name
+        answered = found["samples"][name]
+        if each.metric:
+            figures.append(_own_figure(model, each, answered, found["n-shot"][name], options.tuned))
+        else:
+            figures += _foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned)
+        samples += ({"model": model, "task": name, **sample} for sample in answered)
+    return figures, samples
+
+
+def _prepare(options: Options) -> Iterator[Prepared]:
+    names = list(dict.fromkeys(part for name in options.tasks for part in GROUPS.get(name, [name])))
+    foreign = [name for name in names if name not in BENCHMARKS and name != BITS]
+    manager = None
+    if foreign:  # the harness has thousands of tasks of its own, which take seconds to list
+        manager = TaskManager(include_path=options.include, include_defaults=False)
+        if not set(foreign) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=options.include)
+    for name in foreign:
+        assert manager
+        if name not in manager.all_tasks:
+            known = [*BENCHMARKS, *GROUPS, BITS, *manager.all_tasks]
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"--tasks: {name!r} is no task{f'; nearest: {near[0]!r}' if near else ''}; --list-tasks shows those of"
+                " the benchmark, lm-eval ls tasks all others"
+            )
+    if BITS in names and not options.texts:
+        raise ConfigError(f"--tasks {BITS}: has no text; give --text LANGUAGE=FILE, once for each language")
+    if options.texts and BITS not in names:
+        raise ConfigError(f"--text: is for the task {BITS}, which is not among --tasks")
+    for name in names:
+        if name in BENCHMARKS:
+            yield from _own(BENCHMARKS[name], options)
+        elif name == BITS:
+            for language, path in options.texts.items():
+                yield Prepared(make_bits_task(language, path, options.limit), BITS, language, BITS)
+        else:
+            yield from _load(manager, name, options)
+
+
+def _own(benchmark: Benchmark, options: Options) -> Iterator[Prepared]:
+    wanted = benchmark.chosen(options.languages) if options.languages else None
+    if wanted == []:
+        raise ConfigError(
+            f"--languages {','.join(options.languages)}: {benchmark.name} has none of them; it has"
+            f" {', '.join(benchmark.languages)}"
+        )
+    if wanted is None:
+        wanted = list(benchmark.languages) if options.data is None else find_languages(benchmark, options.data)
+    shots = options.shots
+    if shots is None:
+        shots = 0 if options.tuned or benchmark.options else 1
+    for language in wanted or benchmark.languages[:1]:  # of which reading says what is missing
+        if options.data is None:
+            records = fetch_records(benchmark, language)
+        else:
+            records = read_records(benchmark, language, options.data)
+        task = make_task(benchmark, language, records, shots=shots, tuned=options.tuned)
+        yield Prepared(task, benchmark.name, language, benchmark.metric, records.split)
+
+
+def _load(manager: TaskManager | None, name: str, options: Options) -> Iterator[Prepared]:
+    assert manager
+    try:
+        tasks = manager.load([name])["tasks"]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"--tasks {name}: could not be loaded ({' '.join(str(error).split())[:300]}); look at the connection, or"
+            " load it where there is one"
+        ) from error
+    for task_name, task in tasks.items():
+        if options.shots is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=options.shots)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        yield Prepared(task, task_name)
+
+
+def _own_figure(
+    model: str, prepared: Prepared, answered: Sequence[Mapping[str, Any]], shots: int, tuned: bool
+) -> Figure:
+    values = [sample[prepared.metric] for sample in answered]
+    value, error = metrics.summary(prepared.metric, values, prepared.language)
+    unit = "bits/byte" if prepared.metric == BITS else "%"
+    return Figure(
+        model, prepared.name, prepared.language, prepared.metric, value, error, unit, len(values), shots, tuned,
+        prepared.split,
+    )  # fmt: skip
+
+
+def _foreign_figures(model: str, name: str, results: Mapping[str, Any], shots: int, tuned: bool) -> Iterator[Figure]:
+    """Every metric of a task of the harness, as it gives it."""
+    for key, value in results.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = results.get(f"{metric}_stderr,{kind}")
+        known = float(error) if isinstance(error, (int, float)) else None
+        title = metric if kind == "none" else f"{metric}, {kind}"
+        yield Figure(model, name, "", title, float(value), known, "", results["sample_len"], shots, tuned)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness tells what it does in bars and warnings for its own command."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
