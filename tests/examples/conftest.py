@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for example in ("demo", "cleaning", "debian"):
+for example in ("demo", "cleaning", "debian", "polyglot-assistant"):
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / example))
