@@ -135,7 +135,7 @@ def torchrun(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
     ("name", "options", "message"),
     [
         ("", ["--prompt", "a" * 60], "prompt 0: has 60 tokens"),
-        ("none", ["--prompt", "a"], "no whole checkpoint"),
+        ("none", ["--prompt", "a"], "does not exist; check the path"),
     ],
 )
 def test_torchrun_says_an_error_once(folder: Path, name: str, options: list[str], message: str) -> None:
