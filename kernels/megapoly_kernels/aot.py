@@ -26,7 +26,7 @@ from megapoly_kernels.cross_entropy import variants as cross_entropy
 from megapoly_kernels.dropout import variants as dropout
 from megapoly_kernels.launch import ARCHITECTURES, Variant
 from megapoly_kernels.linear_cross_entropy import variants as linear_cross_entropy
-from megapoly_kernels.norm_triton import variants as norm
+from megapoly_kernels.norm_triton import variants as norm_triton
 from megapoly_kernels.rotary import variants as rotary
 
 MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
@@ -38,7 +38,7 @@ MODULES: dict[str, Callable[[int], Iterable[Variant]]] = {
     "cross_entropy": cross_entropy,
     "dropout": dropout,
     "linear_cross_entropy": linear_cross_entropy,
-    "norm": norm,
+    "norm_triton": norm_triton,
     "rotary": rotary,
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have

@@ -99,7 +99,7 @@ def english(toml, tmp_path_factory):
     """A dataset of sentences, their tokenizer, and the documents as they stand in the file."""
     folder = tmp_path_factory.mktemp("english")
     tokenizer = Tokenizer.load(toml.parent / "poly.model")
-    build([toml.parent / "en.jsonl"], folder / "en", tokenizer, language="en", options=Options((), False, "key", 0.1))
+    build([toml.parent / "en.jsonl"], folder / "en", tokenizer, language="en", options=Options(validation_fraction=0.1))
     dataset = IndexedDataset(folder / "en")
     texts = [json.loads(line)["text"] for line in (toml.parent / "en.jsonl").read_text().splitlines()]
     ids = [[*tokenizer.encode(text), tokenizer.eod] for text in texts]
