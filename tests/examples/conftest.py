@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for example in ("demo", "cleaning", "debian", "polyglot-assistant"):
+for example in ("polyglot-assistant", "cleaning", "debian", "demo"):  # `run` is the demo's
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / example))
