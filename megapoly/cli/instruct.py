@@ -97,6 +97,9 @@ def _show_report(config: Config, standings: Any) -> None:
         for row in rows:
             table.add_row(*row)
         print_whole(table)
+    for each in standings:
+        if each.refused:
+            print(f"{each.language}: refused, mostly: {each.refusal}")
     print(report.budget_line(config, report.total(standings)))
     if any(each.uncertain.total for each in standings):
         print("uncertain: the most that requests can have cost that were interrupted, or went wrong at the server")
