@@ -6,8 +6,9 @@ import contextlib
 import difflib
 import io
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,17 @@ def evaluate(
             bootstrap_iters=_BOOTSTRAP,
             log_samples=True,
         )
+    truncated = Counter(name for name, _ in harness.truncated)
     figures: list[Figure] = []
     samples: list[dict[str, Any]] = []
     for each in tasks:
         name = each.task.task_name
         answered = found["samples"][name]
         if each.metric:
-            figures.append(_own_figure(model, each, answered, found["n-shot"][name], options.tuned))
+            made = [_own_figure(model, each, answered, found["n-shot"][name], options.tuned)]
         else:
-            figures += _foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned)
+            made = list(_foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned))
+        figures += (replace(figure, truncated=truncated[name]) for figure in made)
         samples += ({"model": model, "task": name, **sample} for sample in answered)
     return figures, samples
 
