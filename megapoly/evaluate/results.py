@@ -37,6 +37,7 @@ class Figure:
         tuned: whether it was asked as a tuned model.
         split: of the data.
         parts: languages of an average.
+        truncated: records of which the beginning was left out, since the model has too few positions.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Figure:
     tuned: bool = False
     split: str = ""
     parts: tuple[str, ...] = ()
+    truncated: int = 0
 
     @property
     def name(self) -> str:
@@ -85,7 +87,7 @@ def _average(name: str, parts: Sequence[Figure]) -> Figure:
     first, value = parts[0], sum(each.value for each in parts) / len(parts)
     return Figure(
         first.model, first.task, name, first.metric, value, error, first.unit, sum(each.samples for each in parts),
-        first.shots, first.tuned, "", tuple(each.language for each in parts),
+        first.shots, first.tuned, "", tuple(each.language for each in parts), sum(each.truncated for each in parts),
     )  # fmt: skip
 
 
@@ -163,7 +165,10 @@ def markdown(figures: Sequence[Figure], notes: Iterable[str]) -> str:
 
 def notes(figures: Sequence[Figure]) -> list[str]:
     """What the table shows."""
-    lines = ["± is a standard error; averages are over the languages, each with the same weight."]
+    lines = [
+        "± is a standard error; averages are over the languages, each with the same weight. Their ± takes languages as"
+        " independent, though those of xnli, xcopa and pawsx are the same items translated: it is too small there."
+    ]
     if any(each.task == BITS for each in figures):
         lines.append("Of bits per byte less is better, of all others more.")
     for task in dict.fromkeys(each.task for each in figures):
@@ -175,6 +180,12 @@ def notes(figures: Sequence[Figure]) -> list[str]:
         for how, languages in asked.items():
             where = f" in {', '.join(languages)}" if len(asked) > 1 else ""
             lines.append(f"{task}{where}: {how}" + ("" if chance is None else f"; chance gets {chance:.1f}"))
+    cut = {(each.model, each.name): each for each in figures if each.truncated and not each.parts}
+    for each in cut.values():
+        lines.append(
+            f"{each.name}: {each.truncated:,} of {each.samples:,} records are longer than the positions of"
+            f" {each.model}; their beginning was left out"
+        )
     return lines
 
 

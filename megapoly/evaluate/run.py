@@ -6,8 +6,9 @@ import contextlib
 import difflib
 import io
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from megapoly.errors import ConfigError, DataError
 from megapoly.evaluate import metrics
-from megapoly.evaluate.benchmarks import BENCHMARKS, BITS, GROUPS, Benchmark
+from megapoly.evaluate.benchmarks import BENCHMARKS, BITS, GROUPS, Benchmark, check_languages
 from megapoly.evaluate.leader import Leader
 from megapoly.evaluate.model import HarnessModel
 from megapoly.evaluate.records import fetch_records, find_languages, read_records
@@ -26,6 +27,7 @@ from megapoly.evaluate.tasks import make_bits_task, make_task
 
 _SEED = 1234  # of the harness, for which examples a question gets
 _BOOTSTRAP = 1000
+_SHARES = {"acc", "acc_norm", "acc_mutual_info", "exact_match"}  # of the harness, in [0, 1]; shown of 100
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,17 @@ def evaluate(
             bootstrap_iters=_BOOTSTRAP,
             log_samples=True,
         )
+    truncated = Counter(name for name, _ in harness.truncated)
     figures: list[Figure] = []
     samples: list[dict[str, Any]] = []
     for each in tasks:
         name = each.task.task_name
         answered = found["samples"][name]
         if each.metric:
-            figures.append(_own_figure(model, each, answered, found["n-shot"][name], options.tuned))
+            made = [_own_figure(model, each, answered, found["n-shot"][name], options.tuned)]
         else:
-            figures += _foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned)
+            made = list(_foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned))
+        figures += (replace(figure, truncated=truncated[name]) for figure in made)
         samples += ({"model": model, "task": name, **sample} for sample in answered)
     return figures, samples
 
@@ -134,6 +138,7 @@ def _prepare(options: Options) -> Iterator[Prepared]:
         raise ConfigError(f"--tasks {BITS}: has no text; give --text LANGUAGE=FILE, once for each language")
     if options.texts and BITS not in names:
         raise ConfigError(f"--text: is for the task {BITS}, which is not among --tasks")
+    check_languages("--languages", options.languages, [name for name in names if name in BENCHMARKS])
     for name in names:
         if name in BENCHMARKS:
             yield from _own(BENCHMARKS[name], options)
@@ -203,7 +208,9 @@ def _foreign_figures(model: str, name: str, results: Mapping[str, Any], shots: i
         error = results.get(f"{metric}_stderr,{kind}")
         known = float(error) if isinstance(error, (int, float)) else None
         title = metric if kind == "none" else f"{metric}, {kind}"
-        yield Figure(model, name, "", title, float(value), known, "", results["sample_len"], shots, tuned)
+        unit, scale = ("%", 100) if metric in _SHARES else ("", 1)
+        error = None if known is None else known * scale
+        yield Figure(model, name, "", title, value * scale, error, unit, results["sample_len"], shots, tuned)
 
 
 @contextlib.contextmanager

@@ -38,8 +38,8 @@ def make_task(benchmark: Benchmark, language: str, records: Records, *, shots: i
         "num_fewshot": shots,
         "metadata": {"version": 1},
     }
-    made = _options if benchmark.options else _text
-    return ConfigurableTask(config={**common, **made(benchmark, language, tuned)})
+    made = _options(benchmark, language) if benchmark.options else _text(benchmark, language, tuned)
+    return ConfigurableTask(config={**common, **made})
 
 
 def make_bits_task(language: str, path: Path, limit: int | None) -> Task:
@@ -65,7 +65,7 @@ def make_bits_task(language: str, path: Path, limit: int | None) -> Task:
     )
 
 
-def _options(benchmark: Benchmark, language: str, tuned: bool) -> dict[str, Any]:
+def _options(benchmark: Benchmark, language: str) -> dict[str, Any]:
     options = benchmark.options
     assert options
     return {
