@@ -38,6 +38,7 @@ class Figure:
         split: of the data.
         parts: languages of an average.
         truncated: records of which the beginning was left out, since the model has too few positions.
+        template: of the question of a tuned model, where it is asked for a text.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Figure:
     split: str = ""
     parts: tuple[str, ...] = ()
     truncated: int = 0
+    template: str = ""
 
     @property
     def name(self) -> str:
@@ -88,6 +90,7 @@ def _average(name: str, parts: Sequence[Figure]) -> Figure:
     return Figure(
         first.model, first.task, name, first.metric, value, error, first.unit, sum(each.samples for each in parts),
         first.shots, first.tuned, "", tuple(each.language for each in parts), sum(each.truncated for each in parts),
+        first.template,
     )  # fmt: skip
 
 
@@ -205,7 +208,8 @@ def check_unique(figures: Sequence[Figure]) -> None:
 
 def _asked(figure: Figure) -> str:
     shots = f"{figure.shots} example{'' if figure.shots == 1 else 's'}" if figure.shots else "no example"
-    return f"{figure.split or 'text'}, {shots}{', as a tuned model' if figure.tuned else ''}"
+    form = f" in the form of {figure.template} ({figure.model})" if figure.template else ""
+    return f"{figure.split or 'text'}, {shots}{', as a tuned model' if figure.tuned else ''}{form}"
 
 
 def _ordered(figures: Sequence[Figure]) -> list[str]:

@@ -16,6 +16,7 @@ from lm_eval import evaluator
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from megapoly.data.templates import TEMPLATES
 from megapoly.errors import ConfigError, DataError
 from megapoly.evaluate import metrics
 from megapoly.evaluate.benchmarks import BENCHMARKS, BITS, GROUPS, Benchmark, check_languages
@@ -23,7 +24,7 @@ from megapoly.evaluate.leader import Leader
 from megapoly.evaluate.model import HarnessModel
 from megapoly.evaluate.records import fetch_records, find_languages, read_records
 from megapoly.evaluate.results import Figure
-from megapoly.evaluate.tasks import make_bits_task, make_task
+from megapoly.evaluate.tasks import make_bits_task, make_task, tuned_prompt
 
 _SEED = 1234  # of the harness, for which examples a question gets
 _BOOTSTRAP = 1000
@@ -94,6 +95,11 @@ def evaluate(
     # What an evaluation before this one has left is none of this model's.
     for each in tasks:
         each.task.set_fewshot_seed(_SEED)
+    template = leader.generator.template or TEMPLATES["multialpaca"]
+    own = [each for each in tasks if options.tuned and each.name in BENCHMARKS and not BENCHMARKS[each.name].options]
+    for each in own:
+        each.task.set_config("doc_to_text", tuned_prompt(BENCHMARKS[each.name], each.language, template))
+    forms = {each.task.task_name: template.name for each in own}
     with _quiet():
         found: Any = evaluator.evaluate(
             harness,
@@ -112,7 +118,7 @@ def evaluate(
             made = [_own_figure(model, each, answered, found["n-shot"][name], options.tuned)]
         else:
             made = list(_foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned))
-        figures += (replace(figure, truncated=truncated[name]) for figure in made)
+        figures += (replace(figure, truncated=truncated[name], template=forms.get(name, "")) for figure in made)
         samples += ({"model": model, "task": name, **sample} for sample in answered)
     return figures, samples
 

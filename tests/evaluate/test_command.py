@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.cli import main
+from megapoly.data.templates import TEMPLATES
 from tests.evaluate import benchmark
 from tests.training.torchrun import ROOT
 
@@ -189,3 +190,20 @@ def test_what_is_too_long_loses_its_beginning(data: Path, tmp_path: Path, capsys
     out = capsys.readouterr().out
     assert "xcopa/zh: 4 of 4 records are longer than the positions of short; their beginning was left out" in out
     assert "wmt20/zh-en: 4 of 4 records" in out
+
+
+def test_a_tuned_model_is_asked_in_its_own_form(
+    folders: list[Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, file = pytest.importorskip("megapoly.generate.generator"), tmp_path / "a.jsonl"
+    own = {folders[1].name: TEMPLATES["chat"]}
+    monkeypatch.setattr(generator, "template_of", lambda weights: own.get(Path(weights.path).name))
+    asked = ["--data", data, "--tasks", "wmt20", "--languages", "de-en", "--max-tokens", "4", "--limit", "1", "--tuned"]
+    run(*folders, *asked, "--samples", file)
+    out = capsys.readouterr().out
+    prompts = [json.loads(line)["arguments"][0][0] for line in file.read_text().splitlines()]
+    assert prompts[0].endswith(" Translate this sentence from German to English.\n\n")
+    assert prompts[1].startswith("<|user|>\n")
+    assert prompts[1].endswith(" Translate this sentence from German to English.\n<|assistant|>\n")
+    assert "as a tuned model in the form of multialpaca (gpt2)" in out
+    assert "as a tuned model in the form of chat (bloom)" in out
