@@ -187,7 +187,7 @@ def notes(figures: Sequence[Figure]) -> list[str]:
     for each in cut.values():
         lines.append(
             f"{each.name}: {each.truncated:,} of {each.samples:,} records are longer than the positions of"
-            f" {each.model}; their beginning was left out"
+            f" {each.model}; their beginning was left out, and likelihoods are of the rest, so do not compare them"
         )
     return lines
 
