@@ -91,9 +91,10 @@ def evaluate_models(
     measured = [each for each in models or [] if not each.endswith(".json")]
     report = _Report(saved, _names(covered), json_file, markdown, picture, samples)
     if not measured:
-        report.check()
+        read = report.check()
         if not saved:
             raise ConfigError("nothing to evaluate: give a MODEL and --tasks, or .json files of evaluations before")
+        report.check_covered(figure.language for figure in read)
         report.show([])
         return
 
@@ -186,6 +187,7 @@ class _Evaluation:
         self._options = asked.options()
         self._tasks = prepare(self._options)
         self._report = report
+        report.check_covered([*(each.language for each in self._tasks), *(figure.language for figure in read)])
         planned = {(name, each.name, each.language) for name in names for each in self._tasks}
         for figure in read:
             if (figure.model, figure.task, figure.language) in planned:
@@ -243,6 +245,19 @@ class _Report:
             if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
                 raise DataError(f"{path}: cannot be written; give a file in a folder that can")
         return read
+
+    def check_covered(self, languages: Iterable[str]) -> None:
+        """Refuse languages for an average that nothing is in.
+
+        Raises:
+            ConfigError: naming one, and those that there are.
+        """
+        there = sorted({each for each in languages if each})
+        for language in self.covered:
+            if language not in there:
+                raise ConfigError(
+                    f"--covered {language}: nothing here is in it; there are {', '.join(there) or 'none'}"
+                )
 
     def save(self, measured: Sequence[Figure], answers: Sequence[dict[str, Any]]) -> list[Figure]:
         """Write the figures and answers as files of JSON, and give all figures with their averages."""

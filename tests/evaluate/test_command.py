@@ -90,6 +90,10 @@ def test_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "--tasks: nothing is asked for; give names such as xnli,xcopa"),
         (["--tasks", "xnli,xcopa", "--languages", "ht"], "--languages ht: xnli has none of them; it has ar, bg, de"),
         (["--tasks", "xcopa", "--languages", "th,zz"], "--languages zz: is a language of none of xcopa; they have et"),
+        (
+            ["--tasks", "xcopa", "--languages", "zh", "--covered", "yy"],
+            "--covered yy: nothing here is in it; there are zh",
+        ),
         (["--tasks", "xcopa", "--languages", "it"], "has no xcopa/test.it.jsonl or xcopa/val.it.jsonl, also with .gz"),
         (["--tasks", "mtg_story"], "has no mtg/story.de.jsonl, also with .gz or .zst, for mtg_story in de"),
         (["--tasks", "bits_per_byte"], "has no text; give --text LANGUAGE=FILE, once for each language"),
