@@ -226,11 +226,13 @@ def rows(bench: Bench, case: Case, machine: Limits) -> Iterator[Row]:
     peers, notes, memories = dict(case.peers), {}, {}
     for name, function in case.peers.items():
         try:
+            function()  # what the first call keeps is not of a call: moments, what a backward pass needs, workspaces
             memories[name] = memory(bench, function)
         # What foreign libraries raise for a case or a device that they do not have.
         except (RuntimeError, ImportError, TypeError, ValueError) as error:
             del peers[name]
             notes[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    case.run()
     peak, extra = memory(bench, case.run)
     own, *theirs = seconds(bench, [case.run, *peers.values()], case.turns)
     scale = case.work / SCALES[case.unit]

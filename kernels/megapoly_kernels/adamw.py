@@ -68,7 +68,7 @@ def _on_cpu(
 ) -> None:  # fmt: skip
     """By the kernel of ``torch.optim.AdamW(fused=True)``, which takes scaled gradients: it would overwrite others."""
     rate, scale, step = now
-    steps = [torch.tensor(float(step))]
+    steps = [torch.tensor(float(step), dtype=torch.float64)]
     scaled = torch.empty(min(_CHUNK, weights.numel()), dtype=weights.dtype)
     for begin in range(0, weights.numel(), _CHUNK):
         part = slice(begin, min(begin + _CHUNK, weights.numel()))

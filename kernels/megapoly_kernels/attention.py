@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,8 +124,10 @@ def _sdpa(
             mask = mask.reshape(-1, g, q, t)
         out = scaled_dot_product_attention(queries.reshape(b, g, q, d), key, value, attn_mask=mask, scale=scale)
     else:
+        # Not the symbols that a compiler would make of them.
+        plain, grouped = (True if each else False for each in (whole and s > 1, q > 1))  # noqa: SIM210
         out = scaled_dot_product_attention(
-            queries.flatten(1, 2), key, value, attn_mask=mask, is_causal=whole and s > 1, scale=scale, enable_gqa=q > 1
+            queries.flatten(1, 2), key, value, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped
         )
     return out.reshape(query.shape)
 
@@ -317,8 +320,9 @@ def attention(
     Args:
         query: [B, A, S, D] or [B, G, Q, S, D].
         key, value: [B, G, T, D]; query head h has those of group ``h // Q``.
-        cu_seqlens: [n + 1] int32, 0 and then where each of n documents ends, counted over the B S tokens row by row. No
-            query sees another document. A document may be empty; none goes over the end of a row.
+        cu_seqlens: [n + 1] int32, 0 and then where each of n documents ends, counted over the B S tokens row by row, up
+            to B S. No query sees another document. A document may be empty; none goes over the end of a row. The
+            numbers are checked on a CPU alone.
         slopes: [A] of ALiBi; ``slope * distance`` is taken from the scores. They have no gradient.
         scale: of the scores, ``D ** -0.5`` where not given.
         causal: query i sees keys up to T - S + i.
@@ -410,6 +414,13 @@ def _check(
             f"attention: cu_seqlens has shape {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}, expected "
             f"[documents + 1] of torch.int32, and as many queries ({s}) as keys ({t})"
         )
+    if cu_seqlens is not None and not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != b * s or any(end < begin for begin, end in pairwise(ends)):
+            raise ValueError(
+                f"attention: cu_seqlens goes from {ends[0]} to {ends[-1]}, expected from 0 to {b * s}, the number of"
+                " tokens, and never less than before"
+            )
     if slopes is not None and slopes.shape != (heads,):
         raise ValueError(f"attention: slopes have shape {tuple(slopes.shape)}, expected [{heads}], one for every head")
     if not 0 < scale < math.inf:

@@ -158,7 +158,8 @@ def _factor(upstream: Tensor, token_gradient: Tensor, labels: Tensor) -> Tensor:
     same = (most - least <= 8 * torch.finfo(ratio.dtype).eps * most.abs()) & (
         ~(counted & ~known & (upstream != 0.0)).any()
     )
-    return torch.where(known.any(), torch.where(same, most, torch.nan), 1.0)
+    lost = (counted & (upstream != 0.0)).any()  # nothing is known, and something comes
+    return torch.where(known.any(), torch.where(same, most, torch.nan), torch.where(lost, torch.nan, 1.0))
 
 
 @_forward_op.register_fake

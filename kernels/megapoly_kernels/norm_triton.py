@@ -32,7 +32,7 @@ LAUNCH: Table = {
     },
     **{
         (80, 8, block): Launch({"ROWS": rows, "BLOCK": block}, warps=warps)
-        for rows, block, warps in ((4, 256, 4), (1, 1024, 4), (1, 4096, 8))
+        for rows, block, warps in ((4, 256, 4), (2, 1024, 4), (1, 4096, 8))
     },
     (80, 2, _ANY): Launch({"BLOCK": 8192}, warps=16),
     (80, 4, _ANY): Launch({"BLOCK": 8192}, warps=16),
@@ -337,8 +337,8 @@ def variants(arch: int) -> Iterator[Variant]:
     """What is compiled ahead of time."""
     for itemsize, kind, sizes, rms in (
         (2, "bf16", (128, 1024, 2048, 4096, 8192, 16384, 65536), (8192, 65536)),
-        (4, "fp32", (4096, 8192, 16384, 65536), (8192,)),
-        (8, "fp64", (4096,), ()),
+        (4, "fp32", (128, 1024, 2048, 4096, 8192, 16384, 65536), (8192,)),
+        (8, "fp64", (128, 1024, 2048, 4096, 65536), ()),
     ):
         for columns in sizes:
             for centred in (True, False) if columns in rms else (True,):

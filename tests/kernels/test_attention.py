@@ -288,6 +288,15 @@ def test_compiled_without_a_break() -> None:
     torch.testing.assert_close(leaf.grad, other.grad)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_for_several_lengths(dynamic: bool | None) -> None:
+    """From the second on they are symbols."""
+    whole = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (5, 7, 9):
+        given = inputs(1, 1, 2, length, 16)
+        torch.testing.assert_close(whole(*given), attention(*given))
+
+
 def test_autocast() -> None:
     given = [x.requires_grad_() for x in inputs(1, 1, 1, 5, 16)]
     wanted = attention(*(x.bfloat16() for x in given))
@@ -333,6 +342,12 @@ def test_what_is_refused() -> None:
         ("5 queries and 4 keys, expected no fewer", (query, key[:, :, 1:], value[:, :, 1:]), {}),
         ("5 queries and 0 keys, expected a key", (query, key[:, :, :0], value[:, :, :0]), {"causal": False}),
         ("cu_seqlens has shape .* of torch.int64", (query, key, value), {"cu_seqlens": ends(5).long()}),
+        ("cu_seqlens goes from 0 to 3, expected from 0 to 5", (query, key, value), {"cu_seqlens": ends(3)}),
+        (
+            "cu_seqlens goes from 0 to 5, .* never less",
+            (query, key, value),
+            {"cu_seqlens": torch.tensor([0, 4, 2, 5], dtype=torch.int32)},
+        ),
         (r"as many queries \(5\) as keys \(6\)", long, {"cu_seqlens": ends(5)}),
         (r"slopes have shape \(2,\), expected \[4\]", (query, key, value), {"slopes": slopes(2)}),
         ("scale is -1.0", (query, key, value), {"scale": -1.0}),

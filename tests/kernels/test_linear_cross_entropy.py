@@ -129,6 +129,7 @@ def test_known_gradients_do_not_fit_others() -> None:
         (0.5, torch.arange(6.0)),
         (torch.tensor([0.0, 1, 1, 1, 1, 1]), torch.ones(6)),
         (torch.ones(6), torch.tensor([torch.nan] * 6)),
+        (0.0, torch.ones(6)),
     ]:
         losses = linear_cross_entropy(*leaves, labels, token_gradient=token_gradient)
         with pytest.raises(ValueError, match="not token_gradient times one number"):
