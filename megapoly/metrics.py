@@ -30,17 +30,25 @@ class Recorder:
     Args:
         sources: names in the order of the plan; each has a language in ``config.data.sources``.
         last_step: at which this start of the run ends, for the time left.
+        answers: some source is of instructions, of which the answers alone count in validation.
 
     Steps that are left, by a rollback or because the run was resumed from before them, do not mix with those that take
     their place: their events move to ``log.left-at-STEP.jsonl``, and TensorBoard goes on in a folder of its own.
     """
 
     def __init__(
-        self, config: Config, context: ParallelContext, sources: list[str], console: Console, last_step: int
+        self,
+        config: Config,
+        context: ParallelContext,
+        sources: list[str],
+        console: Console,
+        last_step: int,
+        answers: bool = False,
     ) -> None:
         self.config, self.context, self.sources, self.console = config, context, sources, console
         self.languages = [config.data.sources[name].language for name in sources]
         self.active = context.rank == 0
+        self.held_out = "held-out text" + (" (of instructions the answers)" if answers else "")
         self.last_tokens = config.batches.sample_at(last_step) * config.train.sequence
         self.began = time.perf_counter()
         self.first_tokens: int | None = None
@@ -178,7 +186,7 @@ class Recorder:
         when = {"before": "before training", "between": "between stages", "after": "after training"}.get(
             at, "on the way"
         )
-        self.note(f"held-out text, bits per byte, {when}, {_si(tokens)} tokens:")
+        self.note(f"{self.held_out}, bits per byte, {when}, {_si(tokens)} tokens:")
         self.note(Columns((f"{name} {value:.2f}" for name, value in bits.items()), padding=(0, 3)))
         self.note("loss by language:")
         self.note(Columns((f"{language} {loss:.4f}" for language, loss in by_language.items()), padding=(0, 3)))

@@ -39,7 +39,8 @@ def train(
     Collective. Writes a trace of the steps of ``profile``, and says of which it does not.
     """
     last = run.config.total_steps if stop_step is None else min(stop_step, run.config.total_steps)
-    recorder = Recorder(run.config, run.context, [source.name for source in run.plan.sources], console, last)
+    answers = any(dataset.marked for dataset in run.datasets.values())
+    recorder = Recorder(run.config, run.context, [source.name for source in run.plan.sources], console, last, answers)
     try:
         _announce(run, recorder)
         with Profiler(profile, run.config.train.directory, run.context, recorder.note) as profiler:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from megapoly.cli.common import JsonFile, make_table, print_whole, write_rows
-from megapoly.errors import ConfigError
+from megapoly.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
 def evaluate_models(
     models: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            help="Run folders, checkpoints, folders of Hugging Face or Megatron; or .json files of evaluations before.",
+            help="Run folders, checkpoints, folders of Hugging Face or Megatron, NAME=PATH to name one; or .json files"
+            " of evaluations before.",
             metavar="MODEL...",
         ),
     ] = None,
@@ -85,10 +87,11 @@ def evaluate_models(
         return
     if picture is not None:
         check_picture(picture)
-    saved = [*(compare or []), *(path for path in models or [] if path.suffix == ".json")]
-    measured = [path for path in models or [] if path.suffix != ".json"]
+    saved = [*(compare or []), *(Path(each) for each in models or [] if each.endswith(".json"))]
+    measured = [each for each in models or [] if not each.endswith(".json")]
     report = _Report(saved, _names(covered), json_file, markdown, picture, samples)
     if not measured:
+        report.check()
         if not saved:
             raise ConfigError("nothing to evaluate: give a MODEL and --tasks, or .json files of evaluations before")
         report.show([])
@@ -99,9 +102,10 @@ def evaluate_models(
         from megapoly.run import agree
 
         asked = _Asked(tasks, languages, data, text or [], limit, tuned, few_shot, max_tokens, include_path)
-        evaluation = agree(context, lambda: _Evaluation(asked) if context.rank == 0 else None)
+        named = agree(context, lambda: _named(measured))
+        evaluation = agree(context, lambda: _Evaluation(asked, report, named) if context.rank == 0 else None)
         loading = (tokenizer, None if dtype is None else DTYPES[dtype], batch)
-        for path, name in zip(measured, _titles(measured)):
+        for name, path in named.items():
             _measure(context, path, name, loading, evaluation)
         if evaluation is not None:
             report.show(evaluation.figures, evaluation.answers)
@@ -165,11 +169,14 @@ class _Asked:
 class _Evaluation:
     """The tasks, whose data are read once, and what the models have got; on the first rank.
 
+    All that can be seen to fail does so before a model is measured.
+
     Raises:
         ConfigError, DataError: as :func:`megapoly.evaluate.run.prepare`, or lm-eval is not installed.
     """
 
-    def __init__(self, asked: _Asked) -> None:
+    def __init__(self, asked: _Asked, report: _Report, names: Iterable[str]) -> None:
+        read = report.check()
         try:
             import lm_eval  # noqa: F401 - the next import needs it
         except ImportError as error:
@@ -178,6 +185,14 @@ class _Evaluation:
 
         self._options = asked.options()
         self._tasks = prepare(self._options)
+        self._report = report
+        planned = {(name, each.name, each.language) for name in names for each in self._tasks}
+        for figure in read:
+            if (figure.model, figure.task, figure.language) in planned:
+                raise ConfigError(
+                    f"{figure.model}: has {figure.name} in a file of before, too; give the model another name:"
+                    " NAME=PATH"
+                )
         self.figures: list[Figure] = []
         self.answers: list[dict[str, Any]] = []
 
@@ -195,6 +210,7 @@ class _Evaluation:
         console.print(f"{name}: {len(answers):,} records in {seconds:.1f} s, {len(answers) / seconds:.1f} a second")
         self.figures += figures
         self.answers += answers
+        self._report.save(self.figures, self.answers)  # of what is done, should the next model fail
 
 
 @dataclass(frozen=True)
@@ -208,9 +224,28 @@ class _Report:
     picture: Path | None
     samples: Path | None
 
-    def show(self, measured: Sequence[Figure], answers: Sequence[dict[str, Any]] = ()) -> None:
-        from megapoly.charts.evaluation import draw_evaluation
-        from megapoly.charts.figure import save_figure
+    def check(self) -> list[Figure]:
+        """The figures of before; and whether the files can be written.
+
+        Raises:
+            DataError: a file cannot be read or written.
+            ConfigError: two figures, or two files, for the same.
+        """
+        from megapoly.evaluate import results
+
+        read = [figure for path in self.saved for figure in results.read_figures(path) if not figure.parts]
+        results.check_unique(read)
+        written = [path for path in (self.json, self.markdown, self.picture, self.samples) if path]
+        for path in written:
+            if written.count(path) > 1:
+                raise ConfigError(f"{path}: is to be written twice; give every file a name of its own")
+            above = next(each for each in path.absolute().parents if each.exists())
+            if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+                raise DataError(f"{path}: cannot be written; give a file in a folder that can")
+        return read
+
+    def save(self, measured: Sequence[Figure], answers: Sequence[dict[str, Any]]) -> list[Figure]:
+        """Write the figures and answers as files of JSON, and give all figures with their averages."""
         from megapoly.data.files import write_whole
         from megapoly.evaluate import results
 
@@ -218,6 +253,20 @@ class _Report:
         figures = [*measured, *read]
         results.check_unique(figures)
         figures += results.averages(figures, self.covered)
+        if self.json:
+            write_rows(self.json, [figure.row() for figure in figures])
+        if self.samples:
+            lines = (json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in answers)
+            write_whole(self.samples, "".join(lines).encode())
+        return figures
+
+    def show(self, measured: Sequence[Figure], answers: Sequence[dict[str, Any]] = ()) -> None:
+        from megapoly.charts.evaluation import draw_evaluation
+        from megapoly.charts.figure import save_figure
+        from megapoly.data.files import write_whole
+        from megapoly.evaluate import results
+
+        figures = self.save(measured, answers)
         made = results.table(figures)
         table = make_table(*made.heads)
         for row in made.rows:
@@ -226,13 +275,8 @@ class _Report:
         notes = results.notes(figures)
         for note in notes:
             Console(highlight=False, soft_wrap=True).print(note)
-        if self.json:
-            write_rows(self.json, [figure.row() for figure in figures])
         if self.markdown:
             write_whole(self.markdown, results.markdown(figures, notes).encode())
-        if self.samples:
-            lines = (json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in answers)
-            write_whole(self.samples, "".join(lines).encode())
         if self.picture:
             save_figure(draw_evaluation(figures), self.picture)
 
@@ -250,10 +294,28 @@ def _list_tasks() -> None:
     print("mtg is all mtg_ tasks. Any other task of lm-eval works, too: lm-eval ls tasks")
 
 
-def _titles(paths: Sequence[Path]) -> list[str]:
+def _named(given: Sequence[str]) -> dict[str, Path]:
+    """Models by their names in tables: NAME of NAME=PATH, else the last parts of the path.
+
+    Raises:
+        CheckpointError: there are no weights.
+        ConfigError: a model or name that is given twice.
+    """
+    from megapoly.checkpoint.weights import find
     from megapoly.evaluate.results import tell_apart
 
-    return tell_apart([str(path.resolve()) for path in paths])
+    parted = [("", each) if Path(each).exists() else each.rpartition("=")[::2] for each in given]
+    paths = [Path(path) for _, path in parted]
+    found = [find(path).resolve() for path in paths]
+    for path, whole in zip(paths, found):
+        if found.count(whole) > 1:
+            raise ConfigError(f"{path}: is given twice; give every model once")
+    short = tell_apart([str(path.resolve()) for path in paths])
+    names = [name or own for (name, _), own in zip(parted, short)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name}: is the name of two models; give one another name: NAME=PATH")
+    return dict(zip(names, paths))
 
 
 def _names(text: str) -> list[str]:

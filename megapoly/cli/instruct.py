@@ -97,6 +97,9 @@ def _show_report(config: Config, standings: Any) -> None:
         for row in rows:
             table.add_row(*row)
         print_whole(table)
+    for each in standings:
+        if each.refused:
+            print(f"{each.language}: refused, mostly: {each.refusal}")
     print(report.budget_line(config, report.total(standings)))
     if any(each.uncertain.total for each in standings):
         print("uncertain: the most that requests can have cost that were interrupted, or went wrong at the server")
@@ -108,9 +111,9 @@ def _show_plan(config: Config, seeds: dict[str, list[Seed]], seeds_only: bool) -
 
     planned = [plan.plan(config, code, each, seeds_only) for code, each in seeds.items()]
     priced = config.budget.priced
-    table = make_table(
-        "language", "seeds", "translations", "requests", "tokens at most", *["cost at most"] * priced
-    )  # fmt: skip
+    most = "at most" if all(each.bound for each in planned) else "about"
+    heads = ("language", "seeds", "translations at most", "requests", f"tokens {most}")
+    table = make_table(*heads, *[f"cost {most}"] * priced)
     for each in planned:
         cells = (each.seeds, each.translations, each.requests, each.most.total)
         cost = [f"{float(config.budget.cost(*each.most)):,.2f}"] * priced

@@ -45,8 +45,10 @@ class Tokenizer:
             first = self._model.encode(b"a")[:1]
             adds_space = bool(first) and str(self._model.id_to_piece(first[0])).startswith(SPACE)
         except (RuntimeError, UnicodeDecodeError, DataError) as error:
+            foreign = path.suffix == ".json"  # generation and evaluation take one, data do not
+            what = "; data are built with SentencePiece models alone" if foreign else ""
             raise DataError(
-                f"{path}: is not a SentencePiece model ({error}); give one that SentencePiece has trained"
+                f"{path}: is not a SentencePiece model ({error}){what}; give one that SentencePiece has trained"
             ) from error
         self._fast = None if fast.refusal else fast
         self.encoder = f"sentencepiece ({fast.refusal})" if fast.refusal else "megapoly"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from megapoly.errors import ConfigError
 from megapoly.evaluate.words import BECAUSE, NAMES, RIGHT, clause, lowered
 
 Doc: TypeAlias = Mapping[str, Any]
@@ -248,3 +249,16 @@ _TEXTS = {
 BENCHMARKS: dict[str, Benchmark] = {**_CHOICES, **_TEXTS}
 BITS = "bits_per_byte"
 GROUPS = {"mtg": [name for name in BENCHMARKS if name.startswith("mtg_")]}
+
+
+def check_languages(option: str, wanted: Sequence[str], tasks: Sequence[str]) -> None:
+    """Refuse languages that none of the benchmark's tasks has; of ``tasks`` empty, none is asked.
+
+    Raises:
+        ConfigError: naming one, and those that there are.
+    """
+    known = {part for task in tasks for each in BENCHMARKS[task].languages for part in (each, *each.split("-"))}
+    for language in wanted:
+        if tasks and language not in known:
+            there = ", ".join(sorted(each for each in known if "-" not in each))
+            raise ConfigError(f"{option} {language}: is a language of none of {', '.join(tasks)}; they have {there}")

@@ -30,6 +30,9 @@ class HarnessModel(TemplateLM):
     Args:
         most: tokens of a text, instead of those that a task asks for.
         told: of what is done, and which share of it.
+
+    Attributes:
+        truncated: task and number of the records of which the beginning was left out, since they were too long.
     """
 
     def __init__(self, leader: Leader, most: int | None = None, told: Told = lambda what, share: None) -> None:
@@ -37,6 +40,8 @@ class HarnessModel(TemplateLM):
         self._leader, self._most, self._told = leader, most, told
         self._vocabulary = leader.generator.vocabulary
         self._positions = leader.generator.positions
+        self.truncated: set[tuple[str, int]] = set()
+        self._asked: Sequence[Instance] = ()
 
     @property
     def eot_token_id(self) -> int:
@@ -52,21 +57,27 @@ class HarnessModel(TemplateLM):
         return self._vocabulary.encode(string, begins=add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._asked = requests
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Request], **rest: Any) -> list[tuple[float, bool]]:
+        for instance, (_, context, continuation) in zip(self._asked, requests, strict=True):
+            if len(context) + len(continuation) > self._positions + 1:
+                self._note(instance)
         rows = [self._row(*request) for request in requests]
         found = self._leader.score(rows, lambda share: self._told(f"scoring {len(rows):,} options", share))
         return [(each.log_probability, each.greedy) for each in found]
 
     def _row(self, name: Any, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
-        """What does not fit loses its beginning."""
-        if not 0 < len(continuation) <= self._positions:
-            raise DataError(
-                f"request {name!r}: has {len(continuation)} tokens to be scored; expected 1 to {self._positions}, the"
-                " positions of the model"
-            )
-        return [*context, *continuation][-self._positions - 1 :], len(continuation)
+        """What does not fit loses its beginning, as in HFLM; which refuses a continuation that alone is too long."""
+        if not continuation:
+            raise DataError(f"request {name!r}: has no token to be scored; expected at least 1")
+        return [*context, *continuation][-self._positions - 1 :], min(len(continuation), self._positions)
+
+    def _note(self, instance: Instance) -> None:
+        assert instance.task_name is not None
+        assert instance.doc_id is not None
+        self.truncated.add((instance.task_name, instance.doc_id))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         rows: list[tuple[list[int], int]] = []
@@ -86,11 +97,11 @@ class HarnessModel(TemplateLM):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
         texts: dict[int, str] = {}
         for settings, numbers in alike.items():
-            found = self._generate([requests[i].args[0] for i in numbers], json.loads(settings))
+            found = self._generate([requests[i] for i in numbers], json.loads(settings))
             texts.update(zip(numbers, found))
         return [texts[i] for i in range(len(requests))]
 
-    def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+    def _generate(self, requests: Sequence[Instance], settings: dict[str, Any]) -> list[str]:
         options: dict[str, Any] = dict(normalize_gen_kwargs(settings))
         until = [text for text in options.pop("until") if text]
         asked = options.pop("max_gen_toks")
@@ -101,7 +112,11 @@ class HarnessModel(TemplateLM):
                 f"texts of {sampling.tokens} tokens leave no prompt in the model's {self._positions} positions; give"
                 f" --max-tokens {self._positions // 2} or so"
             )
-        prompts = [self.tok_encode(context)[-room:] for context in contexts]
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        for request, prompt in zip(requests, prompts, strict=True):
+            if len(prompt) > room:
+                self._note(request)
+        prompts = [prompt[-room:] for prompt in prompts]
         found = self._leader.generate(
             prompts, sampling, lambda share: self._told(f"generating {len(prompts):,} texts", share)
         )

@@ -37,6 +37,8 @@ class Figure:
         tuned: whether it was asked as a tuned model.
         split: of the data.
         parts: languages of an average.
+        truncated: records of which the beginning was left out, since the model has too few positions.
+        template: of the question of a tuned model, where it is asked for a text.
     """
 
     model: str
@@ -51,6 +53,8 @@ class Figure:
     tuned: bool = False
     split: str = ""
     parts: tuple[str, ...] = ()
+    truncated: int = 0
+    template: str = ""
 
     @property
     def name(self) -> str:
@@ -85,7 +89,8 @@ def _average(name: str, parts: Sequence[Figure]) -> Figure:
     first, value = parts[0], sum(each.value for each in parts) / len(parts)
     return Figure(
         first.model, first.task, name, first.metric, value, error, first.unit, sum(each.samples for each in parts),
-        first.shots, first.tuned, "", tuple(each.language for each in parts),
+        first.shots, first.tuned, "", tuple(each.language for each in parts), sum(each.truncated for each in parts),
+        first.template,
     )  # fmt: skip
 
 
@@ -163,7 +168,10 @@ def markdown(figures: Sequence[Figure], notes: Iterable[str]) -> str:
 
 def notes(figures: Sequence[Figure]) -> list[str]:
     """What the table shows."""
-    lines = ["± is a standard error; averages are over the languages, each with the same weight."]
+    lines = [
+        "± is a standard error; averages are over the languages, each with the same weight. Their ± takes languages as"
+        " independent, though those of xnli, xcopa and pawsx are the same items translated: it is too small there."
+    ]
     if any(each.task == BITS for each in figures):
         lines.append("Of bits per byte less is better, of all others more.")
     for task in dict.fromkeys(each.task for each in figures):
@@ -175,6 +183,12 @@ def notes(figures: Sequence[Figure]) -> list[str]:
         for how, languages in asked.items():
             where = f" in {', '.join(languages)}" if len(asked) > 1 else ""
             lines.append(f"{task}{where}: {how}" + ("" if chance is None else f"; chance gets {chance:.1f}"))
+    cut = {(each.model, each.name): each for each in figures if each.truncated and not each.parts}
+    for each in cut.values():
+        lines.append(
+            f"{each.name}: {each.truncated:,} of {each.samples:,} records are longer than the positions of"
+            f" {each.model}; their beginning was left out, and likelihoods are of the rest, so do not compare them"
+        )
     return lines
 
 
@@ -194,7 +208,8 @@ def check_unique(figures: Sequence[Figure]) -> None:
 
 def _asked(figure: Figure) -> str:
     shots = f"{figure.shots} example{'' if figure.shots == 1 else 's'}" if figure.shots else "no example"
-    return f"{figure.split or 'text'}, {shots}{', as a tuned model' if figure.tuned else ''}"
+    form = f" in the form of {figure.template} ({figure.model})" if figure.template else ""
+    return f"{figure.split or 'text'}, {shots}{', as a tuned model' if figure.tuned else ''}{form}"
 
 
 def _ordered(figures: Sequence[Figure]) -> list[str]:

@@ -6,8 +6,9 @@ import contextlib
 import difflib
 import io
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from lm_eval import evaluator
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from megapoly.data.templates import TEMPLATES
 from megapoly.errors import ConfigError, DataError
 from megapoly.evaluate import metrics
-from megapoly.evaluate.benchmarks import BENCHMARKS, BITS, GROUPS, Benchmark
+from megapoly.evaluate.benchmarks import BENCHMARKS, BITS, GROUPS, Benchmark, check_languages
 from megapoly.evaluate.leader import Leader
 from megapoly.evaluate.model import HarnessModel
 from megapoly.evaluate.records import fetch_records, find_languages, read_records
 from megapoly.evaluate.results import Figure
-from megapoly.evaluate.tasks import make_bits_task, make_task
+from megapoly.evaluate.tasks import make_bits_task, make_task, tuned_prompt
 
 _SEED = 1234  # of the harness, for which examples a question gets
 _BOOTSTRAP = 1000
+_SHARES = {"acc", "acc_norm", "acc_mutual_info", "exact_match"}  # of the harness, in [0, 1]; shown of 100
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ def evaluate(
     # What an evaluation before this one has left is none of this model's.
     for each in tasks:
         each.task.set_fewshot_seed(_SEED)
+    template = leader.generator.template or TEMPLATES["multialpaca"]
+    own = [each for each in tasks if options.tuned and each.name in BENCHMARKS and not BENCHMARKS[each.name].options]
+    for each in own:
+        each.task.set_config("doc_to_text", tuned_prompt(BENCHMARKS[each.name], each.language, template))
+    forms = {each.task.task_name: template.name for each in own}
     with _quiet():
         found: Any = evaluator.evaluate(
             harness,
@@ -100,15 +108,17 @@ def evaluate(
             bootstrap_iters=_BOOTSTRAP,
             log_samples=True,
         )
+    truncated = Counter(name for name, _ in harness.truncated)
     figures: list[Figure] = []
     samples: list[dict[str, Any]] = []
     for each in tasks:
         name = each.task.task_name
         answered = found["samples"][name]
         if each.metric:
-            figures.append(_own_figure(model, each, answered, found["n-shot"][name], options.tuned))
+            made = [_own_figure(model, each, answered, found["n-shot"][name], options.tuned)]
         else:
-            figures += _foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned)
+            made = list(_foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned))
+        figures += (replace(figure, truncated=truncated[name], template=forms.get(name, "")) for figure in made)
         samples += ({"model": model, "task": name, **sample} for sample in answered)
     return figures, samples
 
@@ -134,6 +144,7 @@ def _prepare(options: Options) -> Iterator[Prepared]:
         raise ConfigError(f"--tasks {BITS}: has no text; give --text LANGUAGE=FILE, once for each language")
     if options.texts and BITS not in names:
         raise ConfigError(f"--text: is for the task {BITS}, which is not among --tasks")
+    check_languages("--languages", options.languages, [name for name in names if name in BENCHMARKS])
     for name in names:
         if name in BENCHMARKS:
             yield from _own(BENCHMARKS[name], options)
@@ -203,7 +214,9 @@ def _foreign_figures(model: str, name: str, results: Mapping[str, Any], shots: i
         error = results.get(f"{metric}_stderr,{kind}")
         known = float(error) if isinstance(error, (int, float)) else None
         title = metric if kind == "none" else f"{metric}, {kind}"
-        yield Figure(model, name, "", title, float(value), known, "", results["sample_len"], shots, tuned)
+        unit, scale = ("%", 100) if metric in _SHARES else ("", 1)
+        error = None if known is None else known * scale
+        yield Figure(model, name, "", title, value * scale, error, unit, results["sample_len"], shots, tuned)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask, Task
 
 from megapoly.data.readers import BadRecords, read_texts
+from megapoly.data.templates import TEMPLATES, Template
 from megapoly.errors import DataError
 from megapoly.evaluate import metrics
 from megapoly.evaluate.benchmarks import BITS, MOST, Benchmark, Doc
@@ -38,8 +39,13 @@ def make_task(benchmark: Benchmark, language: str, records: Records, *, shots: i
         "num_fewshot": shots,
         "metadata": {"version": 1},
     }
-    made = _options if benchmark.options else _text
-    return ConfigurableTask(config={**common, **made(benchmark, language, tuned)})
+    made = _options(benchmark, language) if benchmark.options else _text(benchmark, language, tuned)
+    return ConfigurableTask(config={**common, **made})
+
+
+def tuned_prompt(benchmark: Benchmark, language: str, template: Template) -> Callable[[Doc], str]:
+    """The question as a model that is tuned by ``template`` is asked."""
+    return lambda doc: template.turn(benchmark.prompt(doc, language))
 
 
 def make_bits_task(language: str, path: Path, limit: int | None) -> Task:
@@ -65,7 +71,7 @@ def make_bits_task(language: str, path: Path, limit: int | None) -> Task:
     )
 
 
-def _options(benchmark: Benchmark, language: str, tuned: bool) -> dict[str, Any]:
+def _options(benchmark: Benchmark, language: str) -> dict[str, Any]:
     options = benchmark.options
     assert options
     return {
@@ -79,11 +85,14 @@ def _options(benchmark: Benchmark, language: str, tuned: bool) -> dict[str, Any]
 
 
 def _text(benchmark: Benchmark, language: str, tuned: bool) -> dict[str, Any]:
-    cue = "\n\n" if tuned else benchmark.cue
     judge = _judge(benchmark, language)
+
+    def base(doc: Doc) -> str:
+        return benchmark.prompt(doc, language) + benchmark.cue
+
     return {
         "output_type": "generate_until",
-        "doc_to_text": lambda doc: benchmark.prompt(doc, language) + cue,
+        "doc_to_text": tuned_prompt(benchmark, language, TEMPLATES["multialpaca"]) if tuned else base,
         "doc_to_target": lambda doc: benchmark.targets(doc)[0],
         "target_delimiter": "" if tuned else benchmark.gap,
         "generation_kwargs": {"until": [] if tuned else ["\n"], "max_gen_toks": MOST, "do_sample": False},

@@ -200,7 +200,7 @@ def _endpoint_problem(endpoint: Endpoint, budget: Budget) -> str | None:
         return f"endpoint.max_tokens {endpoint.max_tokens} leaves nothing of context {endpoint.context} for a prompt"
     if budget.money is not None and not budget.priced:
         return "budget.money needs budget.prompt_price and budget.completion_price, of a million tokens"
-    taken = sorted({"model", "messages", "prompt", "max_tokens", "stream", "n"} & endpoint.extra.keys())
+    taken = sorted({"model", "messages", "prompt", "max_tokens", "stream", "n", "best_of"} & endpoint.extra.keys())
     if taken:
         return f"endpoint.extra.{taken[0]} cannot be set there: megapoly sets it, or relies on it"
     return None

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megapoly.errors import ConfigError, DataError
-from megapoly.instruct.model import NONE, Answer, Fault, Tokens
+from megapoly.instruct.model import NONE, REFUSED, Answer, Fault, Tokens
 
 LOST = "interrupted"
+_NUMBER = re.compile(r"\d+")
 
 
 class Key(NamedTuple):
@@ -95,6 +97,14 @@ class Journal:
     def spent(self) -> Tokens:
         """The most that everything up to now can have cost."""
         return self.used.plus(self.uncertain)
+
+    def refused(self) -> tuple[int, str]:
+        """Answers that refuse their prompt, and the commonest reason; reasons that differ in numbers are one."""
+        reasons = [(answer.finish or "").removeprefix(REFUSED) for answer in self.answers.values() if answer.refused]
+        if not reasons:
+            return 0, ""
+        kinds = [_NUMBER.sub("", reason) for reason in reasons]
+        return len(reasons), reasons[kinds.index(Counter(kinds).most_common(1)[0][0])]
 
     def ask(self, key: Key, prompt: str, reserved: Tokens) -> int:
         """Note that a request is about to be asked; its ticket."""

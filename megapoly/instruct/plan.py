@@ -17,9 +17,10 @@ class Planned(NamedTuple):
     """Of one language; nothing that is there already is taken off.
 
     Attributes:
-        translations: requests for seeds, each asked once.
+        translations: requests for seeds, where none can be used before the last trial.
         requests: of the rounds.
         most: tokens that both can take.
+        bound: whether they cannot take more; else prompts show what the model writes, and no context limits them.
     """
 
     language: str
@@ -27,6 +28,7 @@ class Planned(NamedTuple):
     translations: int
     requests: int
     most: Tokens
+    bound: bool
 
 
 class _Sizes(NamedTuple):
@@ -37,22 +39,28 @@ class _Sizes(NamedTuple):
 
 
 def plan(config: Config, code: str, seeds: Sequence[Seed], seeds_only: bool) -> Planned:
-    """Requests and their bound. A task of the pool counts as long as the longest seed, in English where it is so."""
+    """Requests and their bound. Where no context limits a prompt, what the model writes counts as the longest seeds."""
     sizes = _sizes(config)
     most = Tokens()
-    translations = len(seeds) if needs_translation(config, code) else 0
-    for seed in seeds[:translations]:
+    rounds = config.rounds
+    translated = needs_translation(config, code)
+    translations = len(seeds) * rounds.translations if translated else 0
+    for seed in seeds if translated else ():
         prompt = prompts.translation_prompt(
             config.name(config.seeds_language), config.name(code), seed.task, prompt_form(config)
         )
-        most = most.plus(reserve(prompt, sizes, config.budget))
+        each = reserve(prompt, sizes, config.budget)
+        most = most.plus(Tokens(each.prompt * rounds.translations, each.completion * rounds.translations))
     requests = 0 if seeds_only else config.requests()
     longest = sorted((seed.task for seed in seeds), key=lambda task: -len(task.block(1).encode()))
-    shown = config.rounds.seeds + config.rounds.pool
-    prompt = prompts.task_prompt(config.name(code), longest[:shown], config.rounds.tasks, prompt_form(config))
+    shown = longest[: rounds.seeds + rounds.pool]
+    prompt = prompts.task_prompt(config.name(code), shown, rounds.tasks, prompt_form(config))
+    known = requests == 0 or not (translated or (rounds.pool and rounds.count > 1))
+    if not known and sizes.context:
+        prompt = prompt.ljust(sizes.context)  # as long as the model takes
     each = reserve(prompt, sizes, config.budget)
     most = most.plus(Tokens(each.prompt * requests, each.completion * requests))
-    return Planned(code, len(seeds), translations, requests, most)
+    return Planned(code, len(seeds), translations, requests, most, known or sizes.context is not None)
 
 
 def first_prompt(config: Config, code: str, seeds: Sequence[Seed], seeds_only: bool) -> str:
@@ -70,12 +78,16 @@ def summary(config: Config, planned: Sequence[Planned]) -> str:
     for each in planned:
         most = most.plus(each.most)
     requests = sum(each.translations + each.requests for each in planned)
-    line = f"{requests:,} requests take at most {most.total:,} tokens"
+    bound = all(each.bound for each in planned)
+    line = f"at most {requests:,} requests take {'at most' if bound else 'about'} {most.total:,} tokens"
     budget = config.budget
     if budget.priced:
         line += f", {float(budget.cost(*most)):,.2f}"
     limits = [f"{budget.tokens:,} tokens" if budget.tokens else "", f"{budget.money:,.2f}" if budget.money else ""]
     caps = " and ".join(filter(None, limits))
+    if not bound:
+        limit = "endpoint.context would bound it" if config.endpoint else "the checkpoint's positions bound it"
+        line += f" (prompts show tasks that the model writes, here as long as the longest seeds; {limit})"
     return f"{line}; retries come on top" + (f"; the budget ends them at {caps}." if caps else "; there is no budget.")
 
 

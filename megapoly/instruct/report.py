@@ -33,6 +33,8 @@ class Standing:
         wanted: requests of all rounds.
         answered: of these.
         translations: answered requests for seeds.
+        refused: answers of either that refuse their prompt.
+        refusal: the commonest reason; empty where none is refused.
         faults: by kind; those of killed processes are ``interrupted``.
         spent: the most that all can have taken; ``uncertain`` of it may have been for nothing.
         dropped: by reason.
@@ -44,6 +46,8 @@ class Standing:
     wanted: int
     answered: int = 0
     translations: int = 0
+    refused: int = 0
+    refusal: str = ""
     faults: Counter[str] = field(default_factory=Counter)
     spent: Tokens = NONE
     uncertain: Tokens = NONE
@@ -66,6 +70,8 @@ class Standing:
             "requests": self.wanted,
             "answered": self.answered,
             "translations": self.translations,
+            "refused": self.refused,
+            "refusal": self.refusal,
             "faults": dict(self.faults),
             "prompt_tokens": self.spent.prompt,
             "completion_tokens": self.spent.completion,
@@ -118,6 +124,7 @@ def _standing(directory: Path, config: Config, code: str) -> Standing:
     standing.spent, standing.uncertain = journal.spent, journal.uncertain
     standing.answered = sum(key.round > 0 for key in journal.answers)
     standing.translations = len(journal.answers) - standing.answered
+    standing.refused, standing.refusal = journal.refused()
     standing.seeds = sum(1 for _ in _rows(file_of(directory, "seeds", code)))
     for row in _rows(file_of(directory, "dropped", code)):
         standing.dropped[row["reason"]] += 1
@@ -154,6 +161,7 @@ def tables(config: Config, standings: Sequence[Standing]) -> dict[str, tuple[lis
     reasons = [reason for reason in _BY_TASK if any(each.dropped[reason] for each in standings)]
     answers = [reason for reason in _BY_ANSWER if any(each.dropped[reason] for each in standings)]
     kinds = sorted({kind for each in standings for kind in each.faults}, key=lambda kind: (kind == LOST, kind))
+    refused = any(each.refused for each in standings)
     made = [
         [each.language, f"{each.seeds:,}", f"{each.proposed:,}", f"{each.kept:,}", _share(each.kept, each.proposed)]
         + [f"{each.dropped[reason]:,}" for reason in [*reasons, *answers]]
@@ -161,6 +169,7 @@ def tables(config: Config, standings: Sequence[Standing]) -> dict[str, tuple[lis
     ]
     asked = [
         [each.language, f"{each.answered:,} of {each.wanted:,}", f"{each.translations:,}"]
+        + [f"{each.refused:,}"] * refused
         + [f"{each.faults[kind]:,}" for kind in kinds]
         + [f"{each.spent.prompt:,}", f"{each.spent.completion:,}", f"{each.uncertain.total:,}"]
         + [f"{float(config.budget.cost(*each.spent)):,.2f}"] * config.budget.priced
@@ -178,7 +187,7 @@ def tables(config: Config, standings: Sequence[Standing]) -> dict[str, tuple[lis
     tokens = ["prompt tokens", "answer tokens", "uncertain", *["cost"] * config.budget.priced]
     return {
         "tasks": (["tasks", "seeds", "proposed", "kept", "", *reasons, *answers], made),
-        "requests": (["requests", "answered", "translations", *kinds, *tokens], asked),
+        "requests": (["requests", "answered", "translations", *["refused"] * refused, *kinds, *tokens], asked),
         "texts": (["texts", "with input", "first words", "words/instruction", "words/input", "words/output"], texts),
     }
 

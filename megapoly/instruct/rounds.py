@@ -98,22 +98,26 @@ class LanguageRun:
         return True
 
     def _get_seeds(self, asker: Asker) -> bool:
-        """Those that are given, or their translations, a few times each until one can be used."""
+        """Those that are given, or their translations, a few times each until one can be used, or one is refused."""
         if not self._translate:
             self._seeds = list(self._given)
         else:
             found: dict[int, Task] = {}
+            refused: set[int] = set()
             for trial in range(1, self._config.rounds.translations + 1):
-                wanted = [i for i in range(len(self._given)) if i not in found]
+                wanted = [i for i in range(len(self._given)) if i not in found and i not in refused]
                 requests = [self._translation(i, trial) for i in wanted]
                 for _ in self._ask(requests, asker, 0):
                     pass
                 if any(request.key not in self.journal.answers for request in requests):
                     return False
                 for i, request in zip(wanted, requests):
-                    task = self._translated(self.journal.answers[request.key], self._given[i])
+                    answer = self.journal.answers[request.key]
+                    task = self._translated(answer, self._given[i])
                     if task is not None:
                         found[i] = task
+                    elif answer.refused:
+                        refused.add(i)
             self._seeds = [Seed(self._given[i].id, found[i]) for i in sorted(found)]
             for i in range(len(self._given)):
                 if i not in found:
@@ -121,11 +125,16 @@ class LanguageRun:
         if len(self._seeds) < self._config.rounds.seeds + self._config.rounds.pool:
             raise DataError(
                 f"{self.journal.path}: {len(self._seeds)} of {len(self._given)} seeds are there in"
-                f" {self._config.name(self.code)}, too few for a prompt; give more, or another model"
+                f" {self._config.name(self.code)}, too few for a prompt{self._why()}; give more, or another model"
             )
         rows = [{"id": seed.id, **asdict(seed.task)} for seed in self._seeds]
         write_whole(file_of(self._config.directory, "seeds", self.code), tasks.to_lines(rows))
         return True
+
+    def _why(self) -> str:
+        """What the model refuses, for an error."""
+        count, reason = self.journal.refused()
+        return f" (the model refused {count} of {len(self.journal.answers)} prompts, mostly: {reason})" if count else ""
 
     def _translation(self, number: int, trial: int) -> Request:
         config = self._config
@@ -149,8 +158,8 @@ class LanguageRun:
             return False
         if not proposed:
             raise DataError(
-                f"{self.journal.path}: round {number} has no task in {len(requests)} answers; see what the model"
-                " writes, and begin in another directory with one that follows the prompt"
+                f"{self.journal.path}: round {number} has no task in {len(requests)} answers{self._why()}; see what the"
+                " model writes, and begin in another directory with one that follows the prompt"
             )
         self._written = False
         return True

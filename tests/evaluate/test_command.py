@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.cli import main
+from megapoly.data.templates import TEMPLATES
 from tests.evaluate import benchmark
 from tests.training.torchrun import ROOT
 
@@ -86,7 +88,8 @@ def test_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "message"),
     [
         ([], "--tasks: nothing is asked for; give names such as xnli,xcopa"),
-        (["--tasks", "xcopa", "--languages", "de,fr"], "--languages de,fr: xcopa has none of them; it has et, ht, id"),
+        (["--tasks", "xnli,xcopa", "--languages", "ht"], "--languages ht: xnli has none of them; it has ar, bg, de"),
+        (["--tasks", "xcopa", "--languages", "th,zz"], "--languages zz: is a language of none of xcopa; they have et"),
         (["--tasks", "xcopa", "--languages", "it"], "has no xcopa/test.it.jsonl or xcopa/val.it.jsonl, also with .gz"),
         (["--tasks", "mtg_story"], "has no mtg/story.de.jsonl, also with .gz or .zst, for mtg_story in de"),
         (["--tasks", "bits_per_byte"], "has no text; give --text LANGUAGE=FILE, once for each language"),
@@ -140,3 +143,67 @@ def test_torchrun_prints_one_table(folders: list[Path], data: Path, capsys: pyte
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     (said,) = [line for line in done.stderr.splitlines() if line.startswith(("megapoly:", "error:"))]
     assert "has no 9 examples" in said
+
+
+def test_what_can_be_seen_first_is_said_first(
+    folders: list[Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured, of which standard error would tell."""
+    asked = ["--data", data, "--tasks", "xcopa", "--languages", "zh"]
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    for arguments, message in (
+        ([folders[0], f"{folders[0]}/"], "gpt2: is given twice"),
+        ([f"a={folders[0]}", f"a={folders[1]}"], "a: is the name of two models"),
+        ([folders[0], tmp_path / "none"], "none: does not exist"),
+        ([folders[0], "--compare", taken], "taken: is no file of megapoly evaluate --json"),
+        ([folders[0], "--json", tmp_path], "cannot be written"),
+        ([folders[0], "--markdown", taken / "a.md"], "a.md: cannot be written"),
+        ([folders[0], "--json", tmp_path / "a", "--samples", tmp_path / "a"], "a: is to be written twice"),
+    ):
+        run(*arguments, *asked, code=1)
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+
+
+def test_a_later_failure_loses_nothing(
+    folders: list[Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, file = tmp_path / "broken", tmp_path / "a.json"
+    shutil.copytree(folders[1], broken)
+    for weights in broken.glob("*.safetensors"):
+        weights.write_bytes(b"none")
+    asked = ["--data", data, "--tasks", "xcopa", "--languages", "zh"]
+    run(f"first={folders[0]}", f"second={broken}", *asked, "--json", file, code=1)
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["model"] for row in rows} == {"first"}
+    capsys.readouterr()
+    run(f"first={folders[1]}", "--compare", file, *asked, code=1)
+    assert "first: has xcopa/zh in a file of before, too; give the model another name" in capsys.readouterr().err
+
+
+def test_what_is_too_long_loses_its_beginning(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of more tokens than the model has positions; texts, too."""
+    models.save("gpt2", tmp_path / "short", 16)
+    run(tmp_path / "short", "--data", data, "--tasks", "xcopa,wmt20", "--languages", "zh", "--max-tokens", "4")
+    out = capsys.readouterr().out
+    assert "xcopa/zh: 4 of 4 records are longer than the positions of short; their beginning was left out" in out
+    assert "wmt20/zh-en: 4 of 4 records" in out
+
+
+def test_a_tuned_model_is_asked_in_its_own_form(
+    folders: list[Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, file = pytest.importorskip("megapoly.generate.generator"), tmp_path / "a.jsonl"
+    own = {folders[1].name: TEMPLATES["chat"]}
+    monkeypatch.setattr(generator, "template_of", lambda weights: own.get(Path(weights.path).name))
+    asked = ["--data", data, "--tasks", "wmt20", "--languages", "de-en", "--max-tokens", "4", "--limit", "1", "--tuned"]
+    run(*folders, *asked, "--samples", file)
+    out = capsys.readouterr().out
+    prompts = [json.loads(line)["arguments"][0][0] for line in file.read_text().splitlines()]
+    assert prompts[0].endswith(" Translate this sentence from German to English.\n\n")
+    assert prompts[1].startswith("<|user|>\n")
+    assert prompts[1].endswith(" Translate this sentence from German to English.\n<|assistant|>\n")
+    assert "as a tuned model in the form of multialpaca (gpt2)" in out
+    assert "as a tuned model in the form of chat (bloom)" in out

@@ -28,11 +28,13 @@ def test_a_dry_run_shows_a_prompt_and_what_it_can_cost(tmp_path: Path, capsys: p
     assert shown.startswith("Make a list of 8 diverse tasks in Spanish")
     assert "write tasks 4 to 8" in shown
     table = [line.split() for line in shown.splitlines() if line.lstrip().startswith(("es ", "en "))]
-    requests = NEEDED + runs.REQUESTS
-    assert f"{requests} requests take at most" in shown
+    requests = NEEDED + runs.REQUESTS + 2 * (runs.SEEDS - 1)
+    assert f"at most {requests} requests take at most" in shown
+    assert go(path, "--dry-run", "--set", "endpoint={model='m', max_tokens=600}") == 0
+    assert f"at most {requests} requests take about" in capsys.readouterr().out
     assert "the budget ends them at 3.00." in shown
     for row, journal in zip(table, (runs.journal(tmp_path / "run"), runs.journal(tmp_path / "run", "en"))):
-        assert int(row[2]) + int(row[3]) == len(journal.answers)
+        assert int(row[2]) // 3 + int(row[3]) == len(journal.answers)
         assert int(row[4].replace(",", "")) > journal.spent.total
 
 

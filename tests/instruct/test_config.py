@@ -32,6 +32,8 @@ def test_the_defaults_are_polylms(tmp_path: Path) -> None:
     assert config.rounds.tasks == 17
     assert config.filter.similarity == 0.7
     assert [config.overlap(code) for code in config.languages] == [Fraction(1, 2), Fraction(3, 10), Fraction(1, 2)]
+    others = load(tmp_path / "instruct.toml", ['languages=["vi", "ar", "ar-EG"]'])
+    assert [others.overlap(code) for code in others.languages] == [Fraction(3, 10), Fraction(1, 5), Fraction(1, 5)]
     assert [config.name(code) for code in config.languages] == ["Spanish", "Korean", "Portuguese"]
     assert config.directory == tmp_path / "run"
 
@@ -62,6 +64,7 @@ def test_languages_have_settings_of_their_own(tmp_path: Path) -> None:
         (("context = 4096", "context = 0"), "endpoint.context: input should be greater than 0, found 0"),
         (("[endpoint]", "[budget]\nmoney = 3\n[endpoint]"), "budget.money needs budget.prompt_price"),
         (("context = 4096", "context = 9\nextra = { max_tokens = 3 }"), "endpoint.extra.max_tokens cannot be set"),
+        (("context = 4096", "context = 9\nextra = { best_of = 3 }"), "endpoint.extra.best_of cannot be set"),
         (('model = "m"', ""), "key 'endpoint.model' is missing"),
         (('[endpoint]\nmodel = "m"\ncontext = 4096', '[local]\npath = "m"\ntemplate = "x"'), "hold {prompt} once"),
     ],

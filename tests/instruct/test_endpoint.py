@@ -17,6 +17,7 @@ from megapoly.instruct.endpoint import read_answer, retry_after
 from megapoly.instruct.journal import Journal, Key
 from megapoly.instruct.limits import Account, Pace, reserve
 from megapoly.instruct.model import Answer, Fault, Tokens
+from megapoly.instruct.report import read_folder
 from tests.instruct import runs, server
 from tests.instruct.runs import NEEDED, ROWS, go
 
@@ -136,6 +137,38 @@ def test_a_prompt_that_is_too_long_is_left_alone(tmp_path: Path, monkeypatch: py
     assert endpoint.total == NEEDED
     reasons = [row["reason"] for row in runs.rows(tmp_path / "run/dropped.es.jsonl")]
     assert 0 < reasons.count("refused prompts") < runs.REQUESTS
+
+
+def test_a_refused_translation_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server.Endpoint(ROWS) as endpoint:
+        path, answer = runs.write(tmp_path, endpoint.url), endpoint._answer
+        seeds, refused = [row["instruction"] for row in runs.rows(tmp_path / "seeds.jsonl")], [1]
+
+        def refuse(handler: Any, body: Any, prompt: str, attempt: int) -> None:
+            if "Translate" in prompt and any(seeds[i] in prompt for i in refused):
+                message = {"message": f"{len(prompt)} tokens, too long", "code": "context_length_exceeded"}
+                server.send(handler, 400, json.dumps({"error": message}).encode())
+            else:
+                answer(handler, body, prompt, attempt)
+
+        monkeypatch.setattr(endpoint, "_answer", refuse)
+        assert go(path) == 0
+        assert endpoint.total == NEEDED
+        out = capsys.readouterr().out
+        assert "es: refused, mostly: HTTP 400: " in out
+        assert "translations  refused" in out
+        assert len(runs.rows(tmp_path / "run/seeds.es.jsonl")) == runs.SEEDS - 2
+        refused[:] = range(runs.SEEDS)
+        assert go(path, "--set", "directory=other") == 1
+        assert endpoint.total == NEEDED + runs.SEEDS - 1
+        error = " ".join(capsys.readouterr().err.split())
+        assert "0 of 7 seeds are there in Spanish" in error
+        assert "(the model refused 7 of 7 prompts, mostly: HTTP 400: " in error
+    (row,) = [each.row() for each in read_folder(tmp_path / "run")[1]]
+    assert row["refused"] == 1
+    assert "tokens, too long" in row["refusal"]
 
 
 def test_a_server_that_is_not_there_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

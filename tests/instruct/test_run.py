@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megapoly.instruct.tasks import Task
 from tests.instruct import runs
 from tests.instruct.runs import NEEDED, ROWS, go
 from tests.instruct.server import FAULTS, Endpoint
@@ -89,3 +90,15 @@ def test_languages_share_the_budget_and_nothing_else(tmp_path: Path, undisturbed
     assert "requests.th.jsonl" in os.listdir(tmp_path / "run")
     assert len(runs.journal(tmp_path / "run", "en").answers) == runs.REQUESTS  # its seeds need no translation
     assert [row["id"] for row in runs.rows(tmp_path / "run/seeds.en.jsonl")][:4] == [f"seed_{i}" for i in (0, 1, 2, 4)]
+
+
+def test_an_input_that_the_instruction_holds_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Korean's threshold of 0.3 would drop it, as it does an input that is like the instruction without being in it."""
+    answer = Task("Sort 3, 1, 2 now", "3, 1, 2", "1, 2, 3").block(4) + "\n" + Task("Add 7, 8", "8, 7", "15").block(5)
+    with Endpoint(ROWS, cut=0) as endpoint:
+        path, text = runs.write(tmp_path, endpoint.url, '"ko"'), endpoint.text
+        monkeypatch.setattr(endpoint, "text", lambda prompt: text(prompt) if "Translate" in prompt else answer)
+        assert go(path, "--set", "rounds.count=1", "--set", "rounds.first=1") == 0
+    made = runs.rows(tmp_path / "run/tasks.ko.jsonl")
+    assert made == [{"instruction": "Sort 3, 1, 2 now", "input": "", "output": "1, 2, 3"}]
+    assert [row["reason"] for row in runs.rows(tmp_path / "run/dropped.ko.jsonl")] == ["repeated input"]
