@@ -31,6 +31,7 @@ from megapoly_kernels.launch import (
     runs_triton,
     settings,
     tl,
+    wide_dtype,
     widen,
 )
 
@@ -61,7 +62,7 @@ def swiglu_reference(x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
 
 
 @jit
@@ -153,7 +154,7 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None = None) -> tuple[Te
     per_group = max(chosen.constants["ROWS"], cdiv(rows, _GROUPS) if bias is not None else 0)
     groups = cdiv(rows, per_group)
     dx = torch.empty_like(x)
-    sums = x.new_empty(groups if bias is not None else 0, columns, dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = x.new_empty(groups if bias is not None else 0, columns, dtype=wide_dtype(x))
     if x.numel():
         with on_device(x):
             _gelu_backward[groups, cdiv(columns, chosen.constants["BLOCK"])](
@@ -242,7 +243,7 @@ def _(x: Tensor, bias: Tensor | None) -> Tensor:
 @_gelu_gradient.register_fake
 def _(dy: Tensor, x: Tensor, bias: Tensor | None) -> list[Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     return [dx] if bias is None else [dx, x.new_empty(x.shape[-1], dtype=wide)]
 
 

@@ -44,45 +44,41 @@ LAUNCH: Table = {
 }
 BACKENDS = ("auto", "triton", "apex")
 _CHUNK = 1 << 22  # elements on a CPU: few starts of its threads, and little memory for scaled gradients
+# Elements of which a CPU's thread takes whole multiples. What is left at the end is rounded in another way, one by one:
+# it is filled up, so that numbers do not depend on where a shard ends.
+_UNIT = 64
 
 
 def adamw_reference(
     weights: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], values: Tensor | None,
     now: tuple[float, float, float], beta1: float, beta2: float, epsilon: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """The update in PyTorch, where ``now`` is (rate, scale, step)."""
-    rate, scale, step = now
-    first, second = moments
-    g = gradient.to(weights.dtype) * scale
-    first.lerp_(g, 1 - beta1)
-    second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = (second / (1 - beta2**step)).sqrt_().add_(epsilon)
-    weights.mul_(1 - rate * weight_decay).addcdiv_(first, denominator, value=-rate / (1 - beta1**step))
-    if values is not None:
-        values.copy_(weights)
+    """The update by the kernel of ``torch.optim.AdamW(fused=True)``, where ``now`` is (rate, scale, step).
 
-
-def _on_cpu(
-    weights: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], values: Tensor | None,
-    now: tuple[float, float, float], beta1: float, beta2: float, epsilon: float, weight_decay: float,
-) -> None:  # fmt: skip
-    """By the kernel of ``torch.optim.AdamW(fused=True)``, which takes scaled gradients: it would overwrite others."""
+    It takes scaled gradients, since the kernel would overwrite others.
+    """
     rate, scale, step = now
-    steps = [torch.tensor(float(step), dtype=torch.float64)]
-    scaled = torch.empty(min(_CHUNK, weights.numel()), dtype=weights.dtype)
-    for begin in range(0, weights.numel(), _CHUNK):
-        part = slice(begin, min(begin + _CHUNK, weights.numel()))
-        g = scaled[: part.stop - begin]
+    steps, length = [torch.tensor(float(step))], weights.numel()
+    scaled = torch.empty(min(_CHUNK, length), dtype=weights.dtype)
+    whole = length // _UNIT * _UNIT
+    for begin, end in (*((i, min(i + _CHUNK, whole)) for i in range(0, whole, _CHUNK)), (whole, length)):
+        g = scaled[: end - begin]
         if gradient.dtype == g.dtype:
-            torch.mul(gradient[part], scale, out=g)
+            torch.mul(gradient[begin:end], scale, out=g)
         else:
-            g.copy_(gradient[part]).mul_(scale)
+            g.copy_(gradient[begin:end]).mul_(scale)
+        own = [each[begin:end] for each in (weights, *moments)]
+        rest = -len(g) % _UNIT
+        w, first, second, g = (torch.nn.functional.pad(each, (0, rest)) if rest else each for each in (*own, g))
         torch._fused_adamw_(
-            [weights[part]], [g], [moments[0][part]], [moments[1][part]], [], steps, lr=rate, beta1=beta1, beta2=beta2,
-            weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
+            [w], [g], [first], [second], [], steps, lr=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+            eps=epsilon, amsgrad=False, maximize=False,
         )  # fmt: skip
+        if rest:
+            for each, padded in zip(own, (w, first, second)):
+                each.copy_(padded[: end - begin])
         if values is not None:
-            values[part].copy_(weights[part])
+            values[begin:end].copy_(weights[begin:end])
 
 
 @jit
@@ -153,7 +149,7 @@ def adamw_update(
         return
     if kind == "torch":
         rate, scale, step = (float(each) for each in now)
-        _on_cpu(
+        adamw_reference(
             weights, gradient, moments, values, (rate, scale, step), beta1, beta2, epsilon, weight_decay
         )  # fmt: skip
         return

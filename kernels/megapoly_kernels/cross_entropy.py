@@ -38,6 +38,7 @@ from megapoly_kernels.launch import (
     settings,
     tl,
     uncompiled,
+    wide_dtype,
     widen,
 )
 
@@ -56,15 +57,11 @@ _CACHED = 1 << 18  # logits that the reference works on at a time: what it makes
 
 def cross_entropy_reference(logits: Tensor, labels: Tensor, start: int = 0, count: int | None = None) -> Tensor:
     """Losses [...] in PyTorch, of a vocabulary of which ``logits`` has all; in as much memory as it takes."""
-    wide = logits[..., :count].to(_wide(logits))
+    wide = logits[..., :count].to(wide_dtype(logits))
     local = labels - start
     inside = (local >= 0) & (local < wide.shape[-1])
     target = torch.log_softmax(wide, -1).gather(-1, (local * inside).unsqueeze(-1)).squeeze(-1)
     return torch.where(labels < 0, 0.0, torch.where(inside, -target, torch.inf))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 @jit
@@ -148,7 +145,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 def may_exponentiate(logits: Tensor, group: dist.ProcessGroup | None) -> bool:
     """Whether the reference can put exponentials in the place of logits, so that they are computed once."""
-    return group is None and not runs_triton(logits) and logits.dtype == _wide(logits)
+    return group is None and not runs_triton(logits) and logits.dtype == wide_dtype(logits)
 
 
 def row_statistics(logits: Tensor, labels: Tensor, start: int, count: int, exponentiate: bool = False) -> Tensor:
@@ -160,7 +157,7 @@ def row_statistics(logits: Tensor, labels: Tensor, start: int, count: int, expon
             :func:`may_exponentiate`.
     """
     rows = logits.shape[0]
-    stats = logits.new_empty(3, rows, dtype=_wide(logits))
+    stats = logits.new_empty(3, rows, dtype=wide_dtype(logits))
     if runs_triton(logits):
         if rows:
             chosen = settings(LAUNCH, architecture(logits.device), logits.element_size(), count)
@@ -278,7 +275,7 @@ def _backward(gradient: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, s
 
 @_forward.register_fake
 def _(logits: Tensor, labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    wide = _wide(logits)
+    wide = wide_dtype(logits)
     return logits.new_empty(labels.shape, dtype=wide), logits.new_empty(3, labels.numel(), dtype=wide)
 
 

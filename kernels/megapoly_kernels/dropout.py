@@ -30,6 +30,8 @@ from megapoly_kernels.launch import (
     runs_triton,
     settings,
     tl,
+    two_leads,
+    wide_dtype,
     widen,
 )
 
@@ -64,7 +66,7 @@ def dropout_add_reference(
 ) -> Tensor:
     """``residual + x keep / (1 - rate)`` in PyTorch; without a residual the second term. In ``dtype``."""
     kept = keep_reference(samples.expand(x.shape[:-1]), tokens, x.shape[-1], key, rate)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     dropped = x.to(wide) * kept * (1.0 / (1.0 - rate))
     return (dropped if residual is None else residual + dropped).to(dtype)
 
@@ -117,10 +119,10 @@ def dropout_add_forward(
     if not out.numel():
         return out
     leads = x.ndim - 1
-    rows = _two_leads(x, leads)
+    rows = two_leads(_side_by_side(x), leads)
     plain = rows.shape[:2]
-    add = None if residual is None else _two_leads(residual, leads)
-    numbers = [_two_leads(each.expand(x.shape[:-1]), leads) for each in (samples, tokens)]
+    add = None if residual is None else two_leads(_side_by_side(residual), leads)
+    numbers = [two_leads(each.expand(x.shape[:-1]), leads) for each in (samples, tokens)]
     chosen = settings(LAUNCH, architecture(x.device), x.element_size(), channels)
     with on_device(x):
         _dropout_add[plain.numel(), cdiv(channels, chosen.constants["BLOCK"])](
@@ -131,11 +133,9 @@ def dropout_add_forward(
     return out
 
 
-def _two_leads(x: Tensor, leads: int) -> Tensor:
-    """With two dimensions in place of the first ``leads``, and channels, if any, next to each other."""
-    if x.ndim > leads and x.stride(-1) != 1:
-        x = x.contiguous()
-    return x[(None,) * (2 - leads)] if leads < 2 else x.flatten(0, leads - 2)
+def _side_by_side(x: Tensor) -> Tensor:
+    """With channels next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _signed(key: int) -> int:

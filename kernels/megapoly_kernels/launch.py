@@ -1,4 +1,4 @@
-"""What every kernel file needs of Triton: an import that may fail, settings by architecture, what is to be compiled.
+"""What kernel files share: an import of Triton that may fail, settings by architecture, what is to be compiled.
 
 Triton is there where a GPU is, as a rule. Without it a kernel stays an undecorated function that nothing calls.
 """
@@ -71,6 +71,16 @@ def jit(function: Callable[..., Any]) -> Any:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """promote(dtype of ``x``, fp32), in which arithmetic is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def two_leads(x: Tensor, leads: int) -> Tensor:
+    """``x`` with two dimensions in place of the first ``leads``; a view where strides allow."""
+    return x[(None,) * (2 - leads)] if leads < 2 else x.flatten(0, leads - 2)
 
 
 def settings(table: Table, arch: int, itemsize: int, size: int) -> Launch:

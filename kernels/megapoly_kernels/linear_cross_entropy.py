@@ -42,6 +42,7 @@ from megapoly_kernels.launch import (
     settings,
     tl,
     uncompiled,
+    wide_dtype,
 )
 from megapoly_kernels.linear_cross_entropy_chunks import (
     linear_cross_entropy_backward,
@@ -74,15 +75,11 @@ def _scale(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
         tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < size)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _own(weight: Tensor, given: Tensor | None, needed: bool) -> Tensor | None:
     """Where the weight's gradient is summed."""
     if not needed or given is not None:
         return given if needed else None
-    return torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
+    return torch.zeros(weight.shape, dtype=wide_dtype(weight), device=weight.device)
 
 
 def _some(like: Tensor, dx: Tensor | None, dweight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -164,7 +161,7 @@ def _factor(upstream: Tensor, token_gradient: Tensor, labels: Tensor) -> Tensor:
 
 @_forward_op.register_fake
 def _(x: Tensor, weight: Tensor, labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(labels.shape, dtype=_wide(x)), x.new_empty(3, labels.numel(), dtype=_wide(x))
+    return x.new_empty(labels.shape, dtype=wide_dtype(x)), x.new_empty(3, labels.numel(), dtype=wide_dtype(x))
 
 
 @_backward_op.register_fake
@@ -182,7 +179,7 @@ def _(
     buffer: Tensor | None, needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     own = weight.new_empty(weight.shape) if needs_dweight and buffer is None else None
-    losses = x.new_empty(labels.shape, dtype=_wide(x))
+    losses = x.new_empty(labels.shape, dtype=wide_dtype(x))
     return losses, *_some(x, x.new_empty(x.shape) if needs_dx else None, own)
 
 
@@ -298,7 +295,7 @@ def linear_cross_entropy(
         x, weight = x.to(torch.get_autocast_dtype(kind)), weight.to(torch.get_autocast_dtype(kind))
     if x.dtype != weight.dtype:
         raise ValueError(f"linear_cross_entropy: x is {x.dtype} and weight {weight.dtype}, expected one dtype")
-    wide = _wide(x)
+    wide = wide_dtype(x)
     if weight_gradient is not None and (
         weight_gradient.shape != weight.shape
         or torch.promote_types(weight_gradient.dtype, wide) != weight_gradient.dtype

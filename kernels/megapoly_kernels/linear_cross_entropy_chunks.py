@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapoly_kernels.cross_entropy import losses_of, may_exponentiate, row_statistics, write_gradient
-from megapoly_kernels.launch import cdiv, runs_triton
+from megapoly_kernels.launch import cdiv, runs_triton, wide_dtype
 
 _LOGITS = {"cuda": 640 << 20, "cpu": 128 << 20}  # bytes of the buffer
 _PRODUCT = 64 << 20  # bytes of a product that is added to a wider sum
@@ -17,13 +17,9 @@ _ROWS = 4096  # of a chunk at most: products of more rows are no faster
 _ALIGN = 16  # elements between rows of the buffer are a multiple of it, so that loads are wide
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _kept(x: Tensor) -> torch.dtype:
     """Dtype of the logits in the buffer."""
-    return _wide(x) if runs_triton(x) else x.dtype
+    return wide_dtype(x) if runs_triton(x) else x.dtype
 
 
 def chunk_rows(x: Tensor, entries: int) -> int:
@@ -41,7 +37,7 @@ def workspace(x: Tensor, weight: Tensor) -> int:
     tokens, (entries, hidden) = x.numel() // max(x.shape[-1], 1), weight.shape
     rows = min(tokens, chunk_rows(x, entries))
     logits = rows * cdiv(entries, _ALIGN) * _ALIGN * _kept(x).itemsize
-    if x.dtype == _wide(x):
+    if x.dtype == wide_dtype(x):
         return logits
     return logits + max(_PRODUCT, rows * hidden * 4)
 
@@ -79,7 +75,7 @@ class _Chunks:
         labels = self.labels[part]
         write_gradient(out, logits, labels, stats, gradient, self.start, self.count, self.exponentials)
         if dx is not None:
-            if out.is_cuda and dx.dtype != _wide(dx):  # a narrow product over the vocabulary may be summed in parts
+            if out.is_cuda and dx.dtype != wide_dtype(dx):  # a narrow product of long rows may be summed in parts
                 dx[part] = torch.mm(out, self.weight, out_dtype=torch.float32)
             else:
                 torch.mm(out, self.weight, out=dx[part])
@@ -102,7 +98,7 @@ def _add_product(out: Tensor, dy: Tensor, x: Tensor) -> None:
     if out.dtype == x.dtype:
         out.addmm_(dy.t(), x)
         return
-    narrow = x.dtype != _wide(x)
+    narrow = x.dtype != wide_dtype(x)
     rows = max(1, _PRODUCT // (4 * max(x.shape[1], x.shape[0], 1)))
     for first in range(0, out.shape[0], rows):
         part = dy[:, first : first + rows].t()
@@ -119,7 +115,7 @@ def linear_cross_entropy_forward(
 ) -> tuple[Tensor, Tensor]:
     """Losses [tokens] of ``x`` [tokens, H], and statistics of the whole vocabulary for the backward pass."""
     chunks = _Chunks(x, weight, labels, start, count)
-    stats = x.new_empty(3, x.shape[0], dtype=_wide(x))
+    stats = x.new_empty(3, x.shape[0], dtype=wide_dtype(x))
     for part, logits in chunks:
         stats[:, part] = chunks.statistics(part, logits)
     return losses_of(stats, labels, group), stats
@@ -161,7 +157,7 @@ def linear_cross_entropy_with_gradients(
     As :func:`linear_cross_entropy_forward` and :func:`linear_cross_entropy_backward`, with one product less.
     """
     chunks = _Chunks(x, weight, labels, *where)
-    losses = x.new_empty(x.shape[0], dtype=_wide(x))
+    losses = x.new_empty(x.shape[0], dtype=wide_dtype(x))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
     for part, logits in chunks:
         stats = chunks.statistics(part, logits, may_exponentiate(logits, group))

@@ -30,6 +30,8 @@ from megapoly_kernels.launch import (
     runs_triton,
     settings,
     tl,
+    two_leads,
+    wide_dtype,
     widen,
 )
 
@@ -65,7 +67,7 @@ def _turn_reference(x: Tensor, cos: Tensor, sin: Tensor, per_group: int, sign: i
     pairs = x.view(rows, columns, groups, heads // max(groups, 1), 2, dim // 2)
     if grouped:
         pairs = pairs[:, :, :, :-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     cos, sin = (table[:, :, None, None].to(wide) for table in (cos, sin))
     a, b = (pairs[..., i, :].to(wide) for i in range(2))
     turned_a, turned_b = a * cos - b * (sin * sign), b * cos + a * (sin * sign)
@@ -181,8 +183,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
                 f"rotary: {name} has shape {list(table.shape)}, which does not broadcast to {[*lead, half]}, that of x"
                 " without its heads, and half of its channels"
             )
-        tables.append(_two_leads(table.expand(*lead, half), len(lead)))
-    return _rotary_op(_two_leads(x, len(lead)), *tables, _ALL, 1).view(x.shape)
+        tables.append(two_leads(table.expand(*lead, half), len(lead)))
+    return _rotary_op(two_leads(x, len(lead)), *tables, _ALL, 1).view(x.shape)
 
 
 def rotary_qkv(qkv: Tensor, table: Tensor, per_group: int, sign: int = 1) -> Tensor:
@@ -234,11 +236,6 @@ def _check_table(name: str, table: Tensor) -> None:
 
 def _broadcasts(shape: torch.Size, to: tuple[int, ...] | torch.Size) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to)))
-
-
-def _two_leads(x: Tensor, leads: int) -> Tensor:
-    """With two dimensions in place of the first ``leads``; a view where strides allow."""
-    return x[(None,) * (2 - leads)] if leads < 2 else x.flatten(0, leads - 2)
 
 
 def variants(arch: int) -> Iterator[Variant]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megapoly.config import Model, RopeScaling
-from megapoly.layers.call import apply
 from megapoly_kernels.rotary import rotary_qkv_forward
 
 
@@ -69,6 +68,8 @@ class _Rotate(torch.autograd.Function):
 def rotate(qkv: Tensor, table: Tensor, per_group: int) -> Tensor:
     """``qkv`` [S, B, G N D] with queries and keys turned; a group has N = ``per_group`` heads, the last the value.
 
-    ``table`` is that of :meth:`Rotary.table`.
+    ``table`` is that of :meth:`Rotary.table`. Under inference mode in place: nothing else may need ``qkv`` as it was.
     """
-    return apply(_Rotate, qkv, table, per_group)
+    if torch.is_inference_mode_enabled():
+        return rotary_qkv_forward(qkv, table, per_group, in_place=True)
+    return _Rotate.apply(qkv, table, per_group)

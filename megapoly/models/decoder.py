@@ -53,7 +53,7 @@ class DecoderLayer(nn.Module):
         y_sBH = self.attention(self.attention_norm(x_sBH, call), call)
         y_sBH, x_sBH = self.feedforward_norm.add(self.attention_dropout.hidden(y_sBH, call), x_sBH, call)
         y_sBH = self.feedforward(y_sBH, call)
-        return x_sBH + self.feedforward_dropout.hidden(y_sBH, call)
+        return self.feedforward_dropout.hidden(y_sBH, call, x_sBH)
 
 
 class DecoderStage(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +94,15 @@ def test_the_reference_is_pytorch_s(dtype: torch.dtype) -> None:
         peer.step()
         adamw(weights, g, first, second, step=step, **SETTINGS)  # type: ignore[arg-type]
     torch.testing.assert_close(weights, parameter.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shards_have_the_bits_of_the_whole(dtype: torch.dtype) -> None:
+    given = buffers(5003, dtype, torch.float32)
+    whole, cuts = updated(given), [0, 1, 4, 68, 1031, 3100, 5003]
+    parts = [updated({name: tensor[a:b] for name, tensor in given.items()}) for a, b in pairwise(cuts)]
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the reference runs on a CPU")

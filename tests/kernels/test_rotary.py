@@ -128,6 +128,9 @@ def test_the_engine_s_is_this_one(dtype: torch.dtype) -> None:
     )
     assert torch.equal(found, wanted)
     assert torch.equal(back, wanted_back)
+    with torch.inference_mode():
+        assert rotate(qkv, table, 4) is qkv
+    assert torch.equal(qkv, wanted)
 
 
 @pytest.mark.parametrize("interpret", [False, pytest.param(True, marks=needs_triton)])

@@ -57,6 +57,22 @@ def test_values_and_gradient() -> None:
     assert torch.equal(x.grad, torch.where(y > 0, 3.75, 0.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_added_to_a_residual_it_is_the_sum_of_both(dtype: torch.dtype, wide: torch.dtype) -> None:
+    torch.manual_seed(0)
+    dropout, call = Dropout("site", 0.2, Place()), Call(POSITIONS, samples_B=SAMPLES)
+    x, residual = torch.randn(8, 3, 5).to(dtype).requires_grad_(), torch.randn(8, 3, 5).to(wide).requires_grad_()
+    found, wanted = dropout.hidden(x, call, residual), residual + dropout.hidden(x, call)
+    assert found.dtype == wide
+    assert torch.equal(found, wanted)
+    dy = torch.randn_like(found)
+    for mine, theirs in zip(*(torch.autograd.grad(y, (x, residual), dy) for y in (found, wanted)), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+    assert torch.equal(dropout.hidden(x, Call(POSITIONS), residual), residual + x)
+
+
 def test_without_samples_or_a_rate_nothing_is_dropped() -> None:
     x = torch.randn(8, 3, 5)
     assert Dropout("site", 0.9, Place()).hidden(x, Call(POSITIONS)) is x
