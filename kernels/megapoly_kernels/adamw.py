@@ -58,7 +58,7 @@ def adamw_reference(
     It takes scaled gradients, since the kernel would overwrite others.
     """
     rate, scale, step = now
-    steps, length = [torch.tensor(float(step))], weights.numel()
+    steps, length = [torch.tensor(float(step), dtype=torch.float64)], weights.numel()
     scaled = torch.empty(min(_CHUNK, length), dtype=weights.dtype)
     whole = length // _UNIT * _UNIT
     for begin, end in (*((i, min(i + _CHUNK, whole)) for i in range(0, whole, _CHUNK)), (whole, length)):
