@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megapoly_kernels import attention_tiles_backward, attention_tiles_forward
 from megapoly_kernels.attention_tiles import empty_like
-from megapoly_kernels.launch import known_backend, runs_triton
+from megapoly_kernels.launch import known_backend, runs_triton, wide_dtype
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn")
 
@@ -61,7 +61,7 @@ def _scale(scale: float | None, query: Tensor) -> float:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
 
 
 def _scores(
@@ -114,7 +114,7 @@ def _sdpa(
     if not whole:
         mask = _visible(queries, t, cu_seqlens, causal)
         if slopes is not None:
-            biases = _biases(slopes, s, t, torch.promote_types(query.dtype, torch.float32)).view(1, g, q, s, t)
+            biases = _biases(slopes, s, t, wide_dtype(query)).view(1, g, q, s, t)
             mask = biases if mask is None else biases.masked_fill(~mask, -torch.inf)
         if mask is not None:
             mask = mask.flatten(1, 2)
@@ -258,7 +258,7 @@ def _attention_gradient(
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+    lse = query.new_empty(query.shape[:-1], dtype=wide_dtype(query))
     return empty_like(query), lse
 
 

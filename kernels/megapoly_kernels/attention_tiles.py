@@ -117,10 +117,15 @@ def constants_of(d: int, cu_seqlens: Tensor | None, slopes: Tensor | None, causa
     return {"D": d, "BLOCK_D": max(16, 1 << (d - 1).bit_length()), **options}
 
 
-# Head dimension, and whether there are documents and ALiBi.
-CASES = (
-    (64, True, True), (80, True, False), (128, False, False), (128, True, False), (128, True, True), (256, True, True),
-)  # fmt: skip
+# Head dimension, and whether there are documents and ALiBi, and whether it is causal. Of fp32 what does not spill.
+CASES = {
+    "bf16": (
+        (64, True, True, True), (80, True, False, True), (96, True, True, True), (128, False, False, True),
+        (128, True, False, True), (128, True, True, True), (128, False, False, False), (256, True, True, True),
+    ),
+    "fp16": ((128, True, True, True),),
+    "fp32": ((64, True, True, True), (128, True, True, True)),
+}  # fmt: skip
 
 
 def variants(arch: int) -> Iterator[Variant]:
@@ -131,10 +136,11 @@ def variants(arch: int) -> Iterator[Variant]:
 
 def variants_of(kernels: Sequence[tuple[str, Any, Callable[[bool], Table]]], arch: int) -> Iterator[Variant]:
     """Of kernels, each with its name and its launch table, with ALiBi and without."""
-    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
-        for d, documents, alibi in CASES if itemsize == 2 else [(64, True, True)]:
+    for kind, cases in CASES.items():
+        for d, documents, alibi, causal in cases:
             for name, kernel, table in kernels:
-                yield variant(name, kernel, kind, d, settings(table(alibi), arch, itemsize, d), documents, alibi, True)
+                chosen = settings(table(alibi), arch, 4 if kind == "fp32" else 2, d)
+                yield variant(name, kernel, kind, d, chosen, documents, alibi, causal)
 
 
 def variant(
@@ -162,4 +168,4 @@ def variant(
         constants["HAS_D_LSE"] = documents
     what = f"attention {kind} {d}{' documents' * documents}{' alibi' * alibi}{' full' * (not causal)} {name}"
     odd = frozenset(("queries", "S", "T", "tokens"))
-    return Variant(what, kernel, types, constants, launch, wgmma=kind == "bf16", odd=odd)
+    return Variant(what, kernel, types, constants, launch, wgmma=kind != "fp32", odd=odd)
