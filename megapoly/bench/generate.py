@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megapoly.bench import report
+from megapoly.bench.process import read_lines
 from megapoly.bench.race import version
-from megapoly.errors import ConfigError, TrainingError
+from megapoly.errors import ConfigError
 
 Row = dict[str, Any]
 PEER = "transformers"
@@ -94,19 +93,10 @@ def measure(options: Options, progress: Callable[[str], object] = lambda text: N
 
 def _run(options: Options, folder: Path, progress: Callable[[str], object]) -> list[Turn]:
     turns: list[Turn] = []
-    log = folder / "log"
-    command = [sys.executable, "-m", PROGRAM, json.dumps(dataclasses.asdict(options)), str(folder)]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        assert process.stdout is not None
-        progress("making the model")
-        for line in process.stdout:
-            turns.append(Turn(**json.loads(line)))
-            progress(f"batch {turns[-1].batch}: turn {len(turns)} of {options.repeats * len(options.batches)}")
-    if process.returncode:
-        raise TrainingError(f"benchmark: its process failed: {' '.join(log.read_text(errors='replace').split()[-60:])}")
+    progress("making the model")
+    for line in read_lines(PROGRAM, json.dumps(dataclasses.asdict(options)), folder):
+        turns.append(Turn(**line))
+        progress(f"batch {turns[-1].batch}: turn {len(turns)} of {options.repeats * len(options.batches)}")
     return turns
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -110,6 +111,23 @@ class Contender:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def read_lines(program: str, options: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """What ``python -m program options folder`` prints, as it comes: an object of JSON a line.
+
+    Raises:
+        TrainingError: it failed; the message holds the end of what it said.
+    """
+    log = folder / "log"
+    command = [sys.executable, "-m", program, options, str(folder)]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        yield from map(json.loads, _pipe(process.stdout))
+    if process.returncode:
+        raise TrainingError(f"benchmark: its process failed: {' '.join(log.read_text(errors='replace').split()[-60:])}")
 
 
 def _pipe(end: IO[str] | None) -> IO[str]:

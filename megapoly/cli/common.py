@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -39,6 +39,18 @@ Pack = Annotated[
 MemoryMb = Annotated[
     int, typer.Option(help="Bound on what the three above hold; 23 bytes a document do without further passes.")
 ]
+
+# How `generate` and `evaluate` load a model and share it out.
+OwnTokenizer = Annotated[
+    Path | None, typer.Option(help="SentencePiece model or tokenizer.json.  [default: the model's own]")
+]
+Dtype = Annotated[
+    Literal["fp32", "bf16", "fp16", "fp64"] | None, typer.Option(help="Of the weights.  [default: as stored]")
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there are any.")]
+TensorRanks = Annotated[int, typer.Option(min=1, help="Ranks that share every layer, under torchrun.")]
+PipelineRanks = Annotated[int, typer.Option(min=1, help="Ranks that share the layers out, under torchrun.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts at a time, of each replica of the model.")]
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 

@@ -9,12 +9,23 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from megapoly.cli.common import JsonFile, make_table, print_whole, write_rows
+from megapoly.cli.common import (
+    BatchSize,
+    Device,
+    Dtype,
+    JsonFile,
+    OwnTokenizer,
+    PipelineRanks,
+    TensorRanks,
+    make_table,
+    print_whole,
+    write_rows,
+)
 from megapoly.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -56,16 +67,12 @@ def evaluate_models(
     ] = None,
     list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Show the benchmark's tasks and end.")] = False,
     include_path: Annotated[Path | None, typer.Option(help="Folder with further tasks, YAML of lm-eval.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="SentencePiece model or tokenizer.json.  [default: the model's own]")
-    ] = None,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "fp16", "fp64"] | None, typer.Option(help="Of the weights.  [default: as stored]")
-    ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there are any.")] = "auto",
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that share every layer, under torchrun.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Ranks that share the layers out, under torchrun.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Texts at a time, of each replica of the model.")] = 16,
+    tokenizer: OwnTokenizer = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    tp: TensorRanks = 1,
+    pp: PipelineRanks = 1,
+    batch: BatchSize = 16,
     json_file: JsonFile = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw it: .svg, .png or .pdf.")] = None,

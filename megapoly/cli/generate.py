@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megapoly.cli.common import BatchSize, Device, Dtype, OwnTokenizer, PipelineRanks, TensorRanks
 from megapoly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,16 +51,12 @@ def generate_texts(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a text; several times.")] = None,
     samples: Annotated[int, typer.Option(help="Texts for each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sampling: the same text under every layout.")] = 0,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="SentencePiece model or tokenizer.json.  [default: the model's own]")
-    ] = None,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "fp16", "fp64"] | None, typer.Option(help="Of the weights.  [default: as stored]")
-    ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there are any.")] = "auto",
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that share every layer, under torchrun.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Ranks that share the layers out, under torchrun.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Texts at a time, of each replica of the model.")] = 16,
+    tokenizer: OwnTokenizer = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    tp: TensorRanks = 1,
+    pp: PipelineRanks = 1,
+    batch: BatchSize = 16,
     jsonl: Annotated[
         Path | None,
         typer.Option(
