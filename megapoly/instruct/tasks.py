@@ -13,9 +13,8 @@ from typing import Any
 from megapoly.data.inputs import expand
 from megapoly.data.readers import open_reader
 from megapoly.data.records import BadRecord, Record
+from megapoly.data.templates import NO_INPUT
 from megapoly.errors import ConfigError
-
-NO_INPUT = "<noinput>"
 
 # Why a task that a model wrote is dropped.
 CUT_OFF, INCOMPLETE, LINK, NO_WORDS = "cut off", "incomplete", "link", "no words"
