@@ -200,7 +200,7 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None, first:
         state.check_tokenizer(reader, tokenizer)
     initial = None if first is None else weights.open_weights(first)
     if initial is not None:
-        weights.check_tokenizer(initial, tokenizer)
+        known = weights.check_tokenizer(initial, tokenizer)
     plan, edits = _plan(config, datasets, reader)
     engine = Engine(config, context)
     run = Run(config, context, engine, plan, datasets, tokenizer, Guards(config.stability), path, edits)
@@ -208,7 +208,7 @@ def _prepare(config: Config, context: ParallelContext, path: Path | None, first:
     run.template = template or _template_before(reader, initial)
     if initial is not None:
         weights.load_initial(initial, config, engine.optimizer)
-        unknown = "" if initial.tokenizer_sha256 else ", which does not tell the tokenizer that it was trained with"
+        unknown = "" if known else ", which does not tell the tokenizer that it was trained with"
         run.began = [f"begins with the weights of {initial.path}{unknown}", *initial.notes]
         run.began += state.model_differences(initial.model, config)
     elif reader is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from megapoly.checkpoint.families import BUFFERS, HEAD, PREFIXES, Slot, slots
 from megapoly.checkpoint.huggingface_config import to_model
 from megapoly.checkpoint.pieces import check_inside
 from megapoly.checkpoint.tensor_files import TensorFiles, check_dtype
-from megapoly.data.huggingface import SETTINGS, TEMPLATE, read_settings
+from megapoly.data.huggingface_tokenizer import SETTINGS, TEMPLATE, read_settings
 from megapoly.errors import CheckpointError
 from megapoly.spec import Index, Piece
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
+TOKENIZER_SETTINGS = (SETTINGS, "special_tokens_map.json")
 TOKENIZER_FILES = (
-    "tokenizer.json", SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", SENTENCEPIECE, *TOKENIZER_SETTINGS, "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -135,6 +136,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds {type(found).__name__}, expected an object of keys")
     return found
+
+
+def tokenizers_among(files: Sequence[Path]) -> list[Path]:
+    """Those of a tokenizer's files that hold it whole; a run's may have any name.
+
+    A ``tokenizer.json`` comes first: models that were given tokens later have them there alone.
+    """
+    whole = [path for path in files if path.name in TOKENIZER_FILES[:2] or path.name not in TOKENIZER_FILES]
+    return sorted(whole, key=lambda path: path.name != "tokenizer.json")
 
 
 def sha256(path: Path) -> str:

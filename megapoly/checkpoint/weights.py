@@ -40,7 +40,7 @@ class Weights(Protocol):
         tensors: shape and stored dtype by logical name, in the order of the model: just those of ``model``.
         notes: sentences for the user about what was assumed.
         tokenizer: the tokenizer's files, ``tokenizer.model`` or the like; empty where the format holds none.
-        tokenizer_sha256: of the SentencePiece model that they were trained with; None where it is not known.
+        tokenizer_sha256: of the tokenizer that they were trained with; None where it is not known.
         files: all that is read, for :func:`megapoly.checkpoint.unfinished.fingerprint`.
         origin: plain values that no format but the one of their key needs, and that conversions hand on:
             ``{"huggingface": {"config": ..., "generation_config": ...}}``; and ``template``, see :func:`template_of`.
@@ -119,7 +119,8 @@ class Native:
     def _tokenizer(self) -> tuple[Path, ...]:
         if "config" in self._reader.meta:
             path = Path(self._reader.meta["config"]["data"]["tokenizer"])
-            return (path,) if path.is_file() else ()
+            beside = huggingface.TOKENIZER_SETTINGS if path.suffix == ".json" else ()
+            return tuple(each for each in (path, *map(path.with_name, beside)) if each.is_file())
         hashes: Mapping[str, str] = self._reader.meta.get("tokenizer_files", {})
         paths = {self.path / TOKENIZER / name: digest for name, digest in hashes.items()}
         for path, digest in paths.items():
@@ -235,11 +236,19 @@ def template_of(weights: Weights) -> Template | None:
     return state.read_template(weights.path, weights.origin)
 
 
-def check_tokenizer(weights: Weights, tokenizer: Tokenizer) -> None:
-    """Refuse another tokenizer than the one that the weights were trained with, as far as it is known.
+def check_tokenizer(weights: Weights, tokenizer: Tokenizer) -> bool:
+    """Refuse another tokenizer than the one that the weights were trained with.
+
+    Returns:
+        Whether it is known to be that one. Where it is not, the weights tell of none, or of one of the other kind.
 
     Raises:
         DataError: the hashes differ.
     """
-    if weights.tokenizer_sha256 is not None:
-        state.refuse_tokenizer(weights.path, weights.tokenizer_sha256, tokenizer)
+    own = {path.suffix: huggingface.sha256(path) for path in huggingface.tokenizers_among(weights.tokenizer)}
+    trained = weights.tokenizer_sha256
+    if trained is None or trained in own.values():  # else a run's, whose file has moved or changed
+        trained = own.get(tokenizer.path.suffix)
+    if trained is not None:
+        state.refuse_tokenizer(weights.path, trained, tokenizer)
+    return trained is not None

@@ -120,11 +120,11 @@ def tokenizer_check(
     [bold]Example:[/bold] megapoly tokenizer check poly.model en=en.jsonl.gz th=th.jsonl.gz
     """
     from megapoly.data.readers import BadRecords
-    from megapoly.data.tokenizer import Tokenizer
+    from megapoly.data.sentencepiece_tokenizer import SentencePieceTokenizer
     from megapoly.data.tokenizer_check import check
 
     bad = BadRecords(on_bad)
-    loaded = Tokenizer.load(model)
+    loaded = SentencePieceTokenizer(model)
     grouped = language_files(files)
     with Console(stderr=True).status("") as status:
         rows = check(loaded, grouped, text_field=text_field, document=document, bad=bad, progress=status.update)

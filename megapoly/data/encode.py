@@ -1,7 +1,7 @@
 """From chunks of the input to an indexed dataset, in constant memory. No torch.
 
-A document is encoded and ended by ``</s>``; of instructions the ids are marked. Held-out documents wait in a file
-without a name and are appended at the end.
+A document is encoded, and ended by ``</s>`` or what the tokenizer has for it; of instructions the ids are marked.
+Held-out documents wait in a file without a name and are appended at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
 import megapoly
 from megapoly.data import _index, instructions
@@ -26,12 +25,9 @@ from megapoly.data.readers import BadRecord, BadRecords, Chunk, parse
 from megapoly.data.records import TOO_LONG
 from megapoly.data.sidecar import Checksums, Sidecar, TokenizerMark, Validation
 from megapoly.data.skipped import skipped_of
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.tokenizer import Ids, Lengths, Tokenizer
 
 _BATCH_BYTES = 4 << 20  # of text encoded together
-
-Ids = npt.NDArray[np.int32]
-Lengths = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ class Encoder:
         if examples:
             return instructions.encode(self.tokenizer, examples, threads)
         ids, lengths = self.tokenizer.encode_flat([document.text for document in batch], threads)
-        return _with_ends(ids, lengths, self.tokenizer.eod)
+        return _framed(ids, lengths, self.tokenizer.begin, self.tokenizer.eod)
 
 
 @dataclass
@@ -159,15 +155,18 @@ class _Tally:
     tokens: int = 0
 
 
-def _with_ends(ids: Ids, lengths: Lengths, eod: int) -> tuple[Ids, Lengths]:
-    """The same documents, each ended by ``eod``."""
-    lengths = lengths + 1
-    ended = np.empty(len(ids) + len(lengths), np.int32)
-    inner = np.ones(len(ended), np.bool_)
-    inner[np.cumsum(lengths) - 1] = False
-    ended[inner] = ids
-    ended[~inner] = eod
-    return ended, lengths
+def _framed(ids: Ids, lengths: Lengths, begin: Sequence[int], eod: int) -> tuple[Ids, Lengths]:
+    """The same documents, each begun by ``begin`` and ended by ``eod``."""
+    lengths = lengths + len(begin) + 1
+    ends = np.cumsum(lengths)
+    framed = np.empty(len(ids) + len(lengths) * (len(begin) + 1), np.int32)
+    inner = np.ones(len(framed), np.bool_)
+    for offset, token in enumerate((eod, *reversed(begin))):
+        places = ends - 1 if offset == 0 else ends - lengths + len(begin) - offset
+        inner[places] = False
+        framed[places] = token
+    framed[inner] = ids
+    return framed, lengths
 
 
 def _without_long(

@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-from megapoly.data.tokenizer import SPACE, Tokenizer
+from megapoly.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
 
 _SAMPLES = (
     "a", " a", "  two  spaces ", "a\nb\t c\r\n", "1234 12.5%", "ﬁ ① Å é e\u0301", "Die Größe – „so“",
@@ -15,7 +15,7 @@ _SAMPLES = (
 )  # fmt: skip
 
 
-def make_tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
+def make_tokenizer_json(tokenizer: SentencePieceTokenizer) -> bytes | None:
     """The file, or None where the library is not there or has other ids for some text.
 
     Two forms are tried: text as it is, and with a space put before it, as LLaMA's models do. The proof is by example:
@@ -45,13 +45,13 @@ def make_tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     return None
 
 
-def _pieces(tokenizer: Tokenizer) -> dict[str, int] | None:
+def _pieces(tokenizer: SentencePieceTokenizer) -> dict[str, int] | None:
     """Ids by piece; None where two have one name."""
     vocabulary = {tokenizer.piece(i): i for i in range(tokenizer.vocabulary)}
     return vocabulary if len(vocabulary) == tokenizer.vocabulary else None
 
 
-def _texts(tokenizer: Tokenizer) -> list[str]:
+def _texts(tokenizer: SentencePieceTokenizer) -> list[str]:
     draw = random.Random(0)
     texts = list(_SAMPLES)
     for length in (1, 2, 5, 20, 100):
@@ -62,7 +62,7 @@ def _texts(tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-def _document(tokenizer: Tokenizer, vocabulary: dict[str, int], prefix: bool) -> dict[str, Any]:
+def _document(tokenizer: SentencePieceTokenizer, vocabulary: dict[str, int], prefix: bool) -> dict[str, Any]:
     special = [i for i in range(tokenizer.vocabulary) if tokenizer.is_special(i)]
     merges = [
         (i, piece[:at], piece[at:])

@@ -2,13 +2,14 @@
 
 A record has an instruction, perhaps an input, and an output; or ``messages``, each with a role (system, user,
 assistant) and a content: a system message may come first, then user and assistant take turns. What follows the last
-answer is left out. Every prompt with its answer is a round; a round is tokenised as one text, as the model will see it,
-and by itself.
+answer is left out. Every prompt with its answer is a round.
+
+A prompt is tokenised by itself, as when the model is asked, and so is its answer: no token reaches from one into the
+other. As one text both have the same ids wherever no token goes over the break between them, as in templates that end
+with a single line break.
 
 **Marked ids**: where the vocabulary has V ids, an id below V is of a token that is given, and id + V of one that is to
-be learned: an answer, and the ``</s>`` that ends it. A prompt's tokens are those that its ids have in common with those
-of the round. Tokenizers that megapoly trains have no piece across a line break, so that these are all of the prompt's
-wherever its template ends with one; else the token that goes from the prompt into the answer is learned.
+be learned: an answer, and the ``</s>`` that ends it.
 """
 
 from __future__ import annotations
@@ -17,18 +18,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from megapoly.data.records import Record
 from megapoly.data.templates import Template
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.tokenizer import Ids, Lengths, Tokenizer
 
 FIELDS = ("instruction", "input", "output")
 MESSAGES = "messages"
 _ROLES = ("system", "user", "assistant")
-
-Ids = npt.NDArray[np.int32]
-Lengths = npt.NDArray[np.int64]
 
 
 class Example(NamedTuple):
@@ -112,27 +109,25 @@ def _turn(record: Record, number: int, message: Any) -> tuple[str, str]:
 def encode(tokenizer: Tokenizer, examples: Sequence[Example], threads: int) -> tuple[Ids, Lengths]:
     """Marked ids of all examples one after another, and [n] how many each has."""
     rounds = [each for example in examples for each in example.rounds]
-    texts = [prompt for prompt, _ in rounds] + [prompt + answer for prompt, answer in rounds]
-    ids, lengths = tokenizer.encode_flat(texts, threads)
-    count, split = len(rounds), int(lengths[: len(rounds)].sum())
-    given = _common(ids[:split], lengths[:count], ids[split:], lengths[count:])
-    ended = lengths[count:] + 1
-    ends = np.cumsum(ended)
-    marked = np.full(int(ends[-1]), tokenizer.eod + tokenizer.vocabulary, np.int32)
-    inner = np.ones(len(marked), np.bool_)
-    inner[ends - 1] = False
-    place = np.arange(split, len(ids)) - split - np.repeat(ends - ended - np.arange(count), ended - 1)
-    marked[inner] = ids[split:] + np.where(place >= np.repeat(given, ended - 1), tokenizer.vocabulary, 0)
     firsts = np.cumsum([0, *(len(example.rounds) for example in examples[:-1])])
-    return marked, np.add.reduceat(ended, firsts)
+    learned, begin = tokenizer.vocabulary, np.array(tokenizer.begin, np.int32)
+    begins = np.zeros(len(rounds), np.int64)
+    begins[firsts] = len(begin)
+    answers, sizes = tokenizer.encode_after([answer for _, answer in rounds], threads)
+    ids, lengths = _side_by_side(
+        (np.tile(begin, len(firsts)), begins),
+        tokenizer.encode_flat([prompt for prompt, _ in rounds], threads, special=True),
+        (answers + np.int32(learned), sizes),
+        (np.full(len(rounds), tokenizer.eod + learned, np.int32), np.ones(len(rounds), np.int64)),
+    )
+    return ids, np.add.reduceat(lengths, firsts)
 
 
-def _common(prompts: Ids, short: Lengths, rounds: Ids, long: Lengths) -> Lengths:
-    """[n]: with how many of its ids each round begins as its prompt does. No prompt is without ids."""
-    starts = np.cumsum(short) - short
-    place = np.arange(len(prompts)) - np.repeat(starts, short)
-    there = place < np.repeat(long, short)
-    at = np.where(there, place + np.repeat(np.cumsum(long) - long, short), 0)
-    alike = there & (rounds[at] == prompts)
-    common: Lengths = np.minimum.reduceat(np.where(alike, np.repeat(short, short), place), starts)
-    return common
+def _side_by_side(*columns: tuple[Ids, Lengths]) -> tuple[Ids, Lengths]:
+    """Texts in columns, row by row: of each the ids of all rows, and [rows] how many each has."""
+    lengths = np.stack([own for _, own in columns], axis=1)
+    starts = np.cumsum(lengths).reshape(lengths.shape) - lengths
+    joined = np.empty(int(lengths.sum()), np.int32)
+    for (ids, own), begin in zip(columns, starts.T):
+        joined[np.arange(len(ids)) + np.repeat(begin - np.cumsum(own) + own, own)] = ids
+    return joined, lengths.sum(axis=1)

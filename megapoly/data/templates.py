@@ -52,14 +52,18 @@ class Template(pydantic.BaseModel):
             before = self.system.format(system=system.strip())
         return before + form.format(instruction=instruction.strip(), input=given)
 
-    def jinja(self) -> str:
+    def jinja(self, begin: str = "") -> str:
         """The template as transformers takes it: ``chat_template``, where every turn of a user asks for an answer.
 
         A message may have an ``input`` beside its ``content``. The end of an answer is transformers' ``eos_token``.
+
+        Args:
+            begin: words of the special tokens that begin a text.
         """
         system, user, with_input = map(_expression, (self.system, self.user, self.with_input))
+        opening = f"{{{{- {json.dumps(begin)} -}}}}" if begin else ""
         return (
-            "{%- for message in messages -%}"
+            opening + "{%- for message in messages -%}"
             "{%- if message['role'] == 'system' -%}"
             f"{{%- if message['content'] | trim -%}}{{{{- {system} -}}}}{{%- endif -%}}"
             "{%- elif message['role'] == 'user' -%}"

@@ -1,79 +1,79 @@
-"""A loaded SentencePiece tokenizer, and the check that it is the one of a dataset. No torch."""
+"""What tokenizers of all kinds are to data, and the check that one is that of a dataset. No torch."""
 
 from __future__ import annotations
 
 import hashlib
-import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 
-from megapoly.data import _index
 from megapoly.data.indexed import IndexedDataset
 from megapoly.errors import DataError
 
-SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+Ids = npt.NDArray[np.int32]
+Lengths = npt.NDArray[np.int64]
+
+_BREAK = "\n"
 
 
-class Tokenizer:
-    """A loaded SentencePiece model.
-
-    Args:
-        ends: refuse a model that has no ``</s>`` to end documents with.
+class Tokenizer(ABC):
+    """Text to ids and back.
 
     Attributes:
-        path: the model file.
-        sha256: hex digest of the file's bytes.
+        path: the file.
+        sha256: hex digest of its bytes.
         vocabulary: number of ids.
-        eod: id of ``</s>``, which ends a document.
-        bos: id of the piece that begins one in models such as LLaMA's; None where there is none.
-        encoder: "megapoly" where our byte-pair encoder works, which returns what the library would, several times as
-            fast; else "sentencepiece", with the reason.
+        eod: id that ends a document; -1 where there is none.
+        bos: id of the token that begins one in models such as LLaMA's; None where there is none.
+        begin: ids that the tokenizer puts before every text: that of ``bos``, or none.
+        encoder: what encodes: "megapoly" where that is our own byte-pair encoder, several times as fast as the
+            libraries, else a library's name, with the reason.
     """
 
-    def __init__(self, path: Path, model: bytes, ends: bool = True) -> None:
-        self.path = Path(path)
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._model = sentencepiece.SentencePieceProcessor()
-        try:
-            fast = _index.BpeEncoder(model)  # first: it looks where the library trusts
-            self._model.LoadFromSerializedProto(model)
-            first = self._model.encode(b"a")[:1]
-            adds_space = bool(first) and str(self._model.id_to_piece(first[0])).startswith(SPACE)
-        except (RuntimeError, UnicodeDecodeError, DataError) as error:
-            foreign = path.suffix == ".json"  # generation and evaluation take one, data do not
-            what = "; data are built with SentencePiece models alone" if foreign else ""
-            raise DataError(
-                f"{path}: is not a SentencePiece model ({error}){what}; give one that SentencePiece has trained"
-            ) from error
-        self._fast = None if fast.refusal else fast
-        self.encoder = f"sentencepiece ({fast.refusal})" if fast.refusal else "megapoly"
-        self.vocabulary = int(self._model.vocab_size())
-        self.eod = int(self._model.piece_to_id("</s>"))
-        self.bos: int | None = bos if (bos := int(self._model.bos_id())) >= 0 else None
-        if ends and not self._model.is_control(self.eod):
-            raise DataError(f"{path}: has no control piece </s>, which ends documents; train it with one")
-        # Text may hold the very character that stands for a space. Its bytes keep the two apart, where there are byte
-        # pieces and splitting the text adds no space.
-        mark = self._model.piece_to_id([f"<0x{byte:02X}>" for byte in SPACE.encode()])
-        self._mark: list[int] = [] if adds_space or not all(map(self._model.is_byte, mark)) else mark
+    vocabulary: int
+    eod: int
+    bos: int | None
+    begin: tuple[int, ...] = ()
+    encoder: str
 
-    @classmethod
-    def load(cls, path: str | Path, ends: bool = True) -> Tokenizer:
-        """Load a SentencePiece model file.
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path = path
+        self.sha256 = hashlib.sha256(content).hexdigest()
+
+    @staticmethod
+    def load(path: str | Path, ends: bool = True) -> Tokenizer:
+        """Load a tokenizer: a ``.json`` of the ``tokenizers`` library, or else a SentencePiece model.
+
+        Args:
+            ends: refuse one that has no id to end documents with.
 
         Raises:
-            DataError: the file is missing, or is not such a model, or has no ``</s>`` and ``ends`` is set.
+            DataError: the file is missing, or is no tokenizer, or cannot end documents and ``ends`` is set.
+            ConfigError: the ``tokenizers`` library is needed, and is not installed.
         """
-        try:
-            model = Path(path).read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); give a SentencePiece .model file") from error
-        return cls(Path(path), model, ends)
+        from megapoly.data.huggingface_tokenizer import HuggingFaceTokenizer
+        from megapoly.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+        path = Path(path)
+        return (HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer)(path, ends)
+
+    @abstractmethod
+    def encode_flat(self, texts: Sequence[str], threads: int = 0, special: bool = False) -> tuple[Ids, Lengths]:
+        """Ids of n texts on ``threads`` threads (0: one for each core). No begin or end is added.
+
+        Args:
+            special: the words of a special token, such as ``<|im_start|>``, stand for it; else they are text as any.
+
+        Returns:
+            The ids of all texts one after another, and [n] how many each text has.
+
+        Raises:
+            DataError: a text holds half a surrogate pair, or what the tokenizer has no token for.
+        """
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text], threads=1)[0]
@@ -83,77 +83,55 @@ class Tokenizer:
         ids, lengths = self.encode_flat(texts, threads)
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
 
-    def encode_flat(
-        self, texts: Sequence[str], threads: int = 0, by_library: bool = False
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids of n texts on ``threads`` threads (0: one for each core). No begin or end piece is added.
+    def encode_after(self, texts: Sequence[str], threads: int = 0) -> tuple[Ids, Lengths]:
+        """As :meth:`encode_flat`, of texts that go on from a line break.
 
-        Args:
-            by_library: SentencePiece's own encoder does the work, to check ours.
-
-        Returns:
-            The ids of all texts one after another, and [n] how many each text has.
-
-        Raises:
-            DataError: a text holds half a surrogate pair.
+        A tokenizer that puts a space before a text puts none there.
         """
-        if not self._mark or not any(SPACE in text for text in texts):
-            return self._encode(texts, threads, by_library)
-        parts = [text.split(SPACE) for text in texts]
-        ids, lengths = self._encode([part for text in parts for part in text], threads, by_library)
-        encoded = iter(np.split(ids, np.cumsum(lengths)[:-1]))
-        joined: list[npt.NDArray[np.int32]] = []
-        ends = np.zeros(len(texts), np.int64)
-        mark = np.array(self._mark, np.int32)
-        for i, text in enumerate(parts):
-            pieces = [next(encoded)]
-            for _ in text[1:]:
-                pieces += [mark, next(encoded)]
-            ends[i] = sum(map(len, pieces))
-            joined += pieces
-        return np.concatenate(joined), ends
+        guard = self._guard
+        if not (len(guard) and len(texts)):
+            return self.encode_flat(texts, threads)
+        ids, lengths = self.encode_flat([_BREAK + text for text in texts], threads)
+        parts = np.split(ids, np.cumsum(lengths)[:-1])
+        for i, part in enumerate(parts):
+            begins = np.array_equal(part[: len(guard)], guard)
+            parts[i] = part[len(guard) :] if begins else self.encode_flat([texts[i]], threads)[0]
+        return np.concatenate(parts), np.array([len(part) for part in parts])
 
-    def _encode(
-        self, texts: Sequence[str], threads: int, by_library: bool
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        if self._fast is not None and not by_library:
-            return self._fast.encode(texts, threads or os.cpu_count() or 1)
-        try:
-            encoded = self._model.encode([text.encode() for text in texts], num_threads=threads or -1)
-        except UnicodeEncodeError as error:
-            raise DataError(f"a text holds half a surrogate pair, which is not text: {error}") from error
-        lengths = np.array([len(ids) for ids in encoded], np.int64)
-        return np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum())), lengths
+    @cached_property
+    def _guard(self) -> Ids:
+        """Of a line break, where a text has other ids behind one than by itself; else none."""
+        ids, lengths = self.encode_flat([_BREAK, _BREAK + "a", "a"], 1)
+        alone, behind, bare = np.split(ids, np.cumsum(lengths)[:-1])
+        return alone[:0] if np.array_equal(behind, [*alone, *bare]) else alone
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._model.decode(list(ids)))
+        """The text of ids; special tokens have none."""
 
+    @abstractmethod
     def piece(self, i: int) -> str:
-        """The piece with id ``i`` as SentencePiece writes it."""
-        return str(self._model.id_to_piece(i))
+        """The token with id ``i`` as its file writes it, special ones too."""
 
-    def is_special(self, i: int) -> bool:
-        """Whether id ``i`` stands for no text: a control piece, or the unknown one."""
-        return bool(self._model.is_control(i) or self._model.is_unknown(i))
-
-    def is_byte(self, i: int) -> bool:
-        """Whether id ``i`` is a byte piece."""
-        return bool(self._model.is_byte(i))
-
+    @abstractmethod
     def byte_lengths(self) -> npt.NDArray[np.int32]:
-        """[vocabulary]: the bytes of UTF-8 text that every id stands for; 0 for control pieces.
+        """[vocabulary]: the bytes of UTF-8 text that every id stands for; 0 for control and special tokens.
 
-        For tokenizers that megapoly trains the lengths of an encoded text sum to its length in bytes. One that
-        normalises text, adds a space or has no byte pieces comes close to that only.
+        For tokenizers that megapoly trains, and for byte-level ones, the lengths of an encoded text sum to its length
+        in bytes. One that normalises text, adds a space or has no bytes among its tokens comes close to that only.
         """
-        model = self._model
-        lengths = np.zeros(self.vocabulary, np.int32)
-        for i in range(self.vocabulary):
-            if model.is_byte(i):
-                lengths[i] = 1
-            elif not (model.is_control(i) or model.is_unknown(i) or model.is_unused(i)):
-                lengths[i] = len(model.id_to_piece(i).replace(SPACE, " ").encode())
-        return lengths
+
+
+def read_file(path: Path, expected: str) -> bytes:
+    """The content of a tokenizer's file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give {expected}") from error
 
 
 def check_matches(tokenizer: Tokenizer, dataset: IndexedDataset) -> None:

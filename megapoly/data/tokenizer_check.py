@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megapoly.data.readers import BadRecords, Document, read_texts
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megapoly.data.tokenizer_report import batches
 from megapoly.errors import DataError
 
@@ -44,7 +44,7 @@ class Check:
 
 
 def check(
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     files: Mapping[str, Sequence[Path]],
     *,
     text_field: str = "text",

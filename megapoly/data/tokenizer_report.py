@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
-from typing import Protocol
 
-from megapoly.data.huggingface import HuggingFaceTokenizer
 from megapoly.data.readers import BadRecords, Document, read_texts
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
@@ -25,32 +23,9 @@ _END = re.compile(r"[。！？｡]+|[.!?…؟۔।॥።။៕]+[\"'”’»)\]]
 _WORD = re.compile(r"\w")
 
 
-class Counting(Protocol):
-    """What says how many tokens a text has."""
-
-    vocabulary: int
-
-    def lengths(self, texts: Sequence[str]) -> list[int]: ...
-
-
-class SentencePieceTokenizer:
-    """Any SentencePiece model, also one that could not end a document.
-
-    Raises:
-        DataError: the file is missing, or is no such model.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._tokenizer = Tokenizer.load(path, ends=False)
-        self.vocabulary = self._tokenizer.vocabulary
-
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        return list(map(int, self._tokenizer.encode_flat(texts)[1]))
-
-
-def open_tokenizer(path: Path) -> Counting:
-    """A tokenizer file of either kind: .json is one of the ``tokenizers`` library, all else a SentencePiece model."""
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Any tokenizer, also one that could not end a document."""
+    return Tokenizer.load(path, ends=False)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -95,7 +70,7 @@ class Report:
 
 
 def report(
-    tokenizers: Mapping[str, Counting],
+    tokenizers: Mapping[str, Tokenizer],
     files: Mapping[str, Sequence[Path]],
     *,
     text_field: str = "text",
@@ -124,7 +99,7 @@ def report(
             sentences += sum(map(count_sentences, batch))
             size += sum(len(text.encode()) for text in batch)
             for i, tokenizer in enumerate(tokenizers.values()):
-                tokens[i] += sum(tokenizer.lengths(batch))
+                tokens[i] += len(tokenizer.encode_flat(batch)[0])
         if not sentences:
             raise DataError(f"language {language!r}: no document with words in {[str(path) for path in paths]}")
         rows.append(Row(language, documents, sentences, size, tuple(tokens)))

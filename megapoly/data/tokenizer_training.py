@@ -18,7 +18,7 @@ import sentencepiece
 
 from megapoly.data.files import write_whole
 from megapoly.data.readers import BadRecords, Document, read_texts
-from megapoly.data.tokenizer import SPACE, Tokenizer
+from megapoly.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
 from megapoly.errors import DataError
 
 _LONGEST = 1000  # characters of one training sentence; SentencePiece leaves out what is much longer
@@ -35,7 +35,7 @@ def train_tokenizer(
     document: Document = "file",
     bad: BadRecords | None = None,
     overwrite: bool = False,
-) -> Tokenizer:
+) -> SentencePieceTokenizer:
     """Train a tokenizer on text in several languages; the same input gives the same file.
 
     Args:
@@ -71,7 +71,7 @@ def train_tokenizer(
     # What was skipped in the first pass is skipped again, and counted once.
     again = {language: read(language, BadRecords("skip")) for language in files}
     write_whole(output, _train(_sentences(again, sampling_rates(sizes, alpha, budget)), vocabulary))
-    return Tokenizer.load(output)
+    return SentencePieceTokenizer(output)
 
 
 def _train(sentences: Iterator[str], vocabulary: int) -> bytes:

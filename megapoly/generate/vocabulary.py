@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapoly.checkpoint.huggingface import sha256
+from megapoly.checkpoint.huggingface import sha256, tokenizers_among
 from megapoly.checkpoint.weights import Weights, check_tokenizer
-from megapoly.data.huggingface import SETTINGS, HuggingFaceTokenizer, read_settings
+from megapoly.data.huggingface_tokenizer import SETTINGS, HuggingFaceTokenizer, read_settings
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 
@@ -31,16 +31,13 @@ class Vocabulary:
     def __init__(self, weights: Weights, file: Path | None = None) -> None:
         self.path = _find(weights, file)
         self._before: list[int] = []
-        self._tokenizer: Tokenizer | HuggingFaceTokenizer
-        if self.path.suffix == ".json":
-            self._tokenizer = HuggingFaceTokenizer(self.path)
-            self.ends = _ends(weights, self._tokenizer.eos)
-        else:
-            self._tokenizer = Tokenizer.load(self.path)
+        self._tokenizer = Tokenizer.load(self.path, ends=self.path.suffix != ".json")
+        self.ends = _ends(weights, self._tokenizer.eod)
+        own = not isinstance(self._tokenizer, HuggingFaceTokenizer)
+        if own or file is None:
             check_tokenizer(weights, self._tokenizer)
-            self.ends = _ends(weights, self._tokenizer.eod)
-            if self._tokenizer.bos is not None and _begins(weights, self.path):
-                self._before = [self._tokenizer.bos]
+        if own and self._tokenizer.bos is not None and _begins(weights, self.path):
+            self._before = [self._tokenizer.bos]
         self.size = self._tokenizer.vocabulary
         if file is not None and self.size > weights.model.vocabulary:
             raise DataError(
@@ -54,7 +51,7 @@ class Vocabulary:
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """Ids of a text; with ``begins`` after the token that begins one, where the model was trained with it."""
         if isinstance(self._tokenizer, HuggingFaceTokenizer):
-            return self._tokenizer.encode(text, begins)
+            return self._tokenizer.encode_prompt(text, begins)
         ids = self._tokenizer.encode(text)
         return self._before + ids if begins else ids
 
@@ -66,8 +63,8 @@ class Vocabulary:
 
     def _find_prefix(self) -> int:
         if isinstance(self._tokenizer, HuggingFaceTokenizer):
-            found = (self._tokenizer.bos, self._tokenizer.eos, self.beginning[-1])
-            return next(token for token in found if token is not None)
+            found = (self._tokenizer.bos, self._tokenizer.eod, self.beginning[-1])
+            return next(token for token in found if token not in (None, -1))
         return self._before[0] if self._before else self._tokenizer.eod
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -75,15 +72,13 @@ class Vocabulary:
 
 
 def _find(weights: Weights, file: Path | None) -> Path:
-    """A ``tokenizer.json`` comes first: models that were given tokens later have them there alone."""
-    found = [file] if file else sorted(weights.tokenizer, key=lambda path: path.name != "tokenizer.json")
-    for path in found:
-        if file or path.suffix == ".model" or path.name == "tokenizer.json":
-            return path
-    raise DataError(
-        f"{weights.path}: comes with no tokenizer, neither a tokenizer.json nor a SentencePiece model; give one with"
-        " --tokenizer"
-    )
+    found = [file] if file else tokenizers_among(weights.tokenizer)
+    if not found:
+        raise DataError(
+            f"{weights.path}: comes with no tokenizer, neither a tokenizer.json nor a SentencePiece model; give one"
+            " with --tokenizer"
+        )
+    return found[0]
 
 
 def _unproven(weights: Weights, file: Path) -> list[str]:
@@ -93,7 +88,7 @@ def _unproven(weights: Weights, file: Path) -> list[str]:
     """
     if file.suffix != ".json" or not (weights.tokenizer or weights.tokenizer_sha256):
         return []
-    if sha256(file) in map(sha256, weights.tokenizer):
+    if sha256(file) in (weights.tokenizer_sha256, *map(sha256, weights.tokenizer)):
         return []
     own = ", ".join(str(each) for each in weights.tokenizer) or f"SHA-256 {weights.tokenizer_sha256}"
     return [
@@ -102,14 +97,14 @@ def _unproven(weights: Weights, file: Path) -> list[str]:
     ]
 
 
-def _ends(weights: Weights, eos: int | None) -> frozenset[int]:
+def _ends(weights: Weights, eod: int) -> frozenset[int]:
     """As the model's generation_config.json says, then its config.json, then its tokenizer."""
     kept = weights.origin.get("huggingface", {})
     for document in (kept.get("generation_config", {}), kept.get("config", {})):
         found = document.get("eos_token_id")
         if found is not None:
             return frozenset(found if isinstance(found, list) else [found])
-    return frozenset() if eos is None else frozenset([eos])
+    return frozenset() if eod < 0 else frozenset([eod])
 
 
 def _begins(weights: Weights, path: Path) -> bool:

@@ -152,7 +152,7 @@ def test_boundaries_of_a_batch(tmp_path, model, name, language):
 
 
 def test_a_token_from_the_prompt_into_the_answer(tmp_path):
-    """It is learned: what is given is the beginning that the ids of both have in common."""
+    """There is none: the prompt has the ids that it has when the model is asked."""
     lines = ["xy ab", "xy ab", "x y a b"] * 50
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(tmp_path / "t"), model_type="bpe", vocab_size=13,
@@ -161,15 +161,11 @@ def test_a_token_from_the_prompt_into_the_answer(tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "t.model")
     template = PLAIN.model_copy(update={"user": "{instruction}x"})
     example = to_example(record(tmp_path, {"instruction": "a", "output": "y"}), template)
-    (whole, alone) = tokenizer.encode("axy"), tokenizer.encode("ax")
-    assert whole[: len(alone)] != alone
+    (whole, prompt, answer) = tokenizer.encode("axy"), tokenizer.encode("ax"), tokenizer.encode("y")
+    assert whole != prompt + answer
     ids, lengths = encode_examples(tokenizer, [example], 1)
-    assert ids.tolist() == [
-        whole[0],
-        *(i + tokenizer.vocabulary for i in whole[1:]),
-        tokenizer.eod + tokenizer.vocabulary,
-    ]
-    assert lengths.tolist() == [len(whole) + 1]
+    assert ids.tolist() == prompt + [i + tokenizer.vocabulary for i in (*answer, tokenizer.eod)]
+    assert lengths.tolist() == [len(ids)]
 
 
 # Builds

@@ -15,6 +15,7 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 from megapoly.cli import main
 from megapoly.data import _index
 from megapoly.data.readers import BadRecords
+from megapoly.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.data.tokenizer_check import check
 from megapoly.data.tokenizer_report import count_sentences, names_of, open_tokenizer, report
@@ -140,7 +141,7 @@ def test_bad_tokenizer_files(tmp_path, paths):
             damaged[pick.randrange(len(whole))] = pick.choice(b'{}[]",:019azAZ \\')
         path.write_bytes(damaged)
         try:
-            lengths = open_tokenizer(path).lengths(["the data", "é", ""])
+            _, lengths = open_tokenizer(path).encode_flat(["the data", "é", ""])
         except DataError:
             continue
         assert len(lengths) == 3
@@ -153,7 +154,7 @@ def test_a_tokenizer_that_lacks_a_word(tmp_path):
     words = tokenizers.Tokenizer(models.WordLevel({"the": 0}, unk_token="<unk>"))
     words.save(str(tmp_path / "words.json"))
     with pytest.raises(DataError, match=r"words\.json: cannot encode a text"):
-        open_tokenizer(tmp_path / "words.json").lengths(["other"])
+        open_tokenizer(tmp_path / "words.json").encode_flat(["other"])
 
 
 def test_a_report_of_nothing(tmp_path, paths):
@@ -275,13 +276,13 @@ def test_the_check_command(corpus, paths, tmp_path, capsys, monkeypatch):
     assert [(row["name"], row["documents"], row["different"]) for row in rows] == [
         (f"{language}: encode", 30, 0) for language in corpus
     ]
-    encode = Tokenizer.encode_flat
+    encode = SentencePieceTokenizer.encode_flat
 
-    def wrong(self, texts, threads=0, by_library=False):
-        ids, lengths = encode(self, texts, threads, by_library)
+    def wrong(self, texts, threads=0, special=False, by_library=False):
+        ids, lengths = encode(self, texts, threads, special, by_library)
         return ids + by_library, lengths
 
-    monkeypatch.setattr(Tokenizer, "encode_flat", wrong)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_flat", wrong)
     with pytest.raises(SystemExit, match="1"):
         main(command)
     assert "gives other ids than SentencePiece in 120 documents, first in document 0 of 'en'" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megapoly.data.huggingface import HuggingFaceTokenizer
+from megapoly.data.huggingface_tokenizer import HuggingFaceTokenizer
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.generate.text import GrowingText
