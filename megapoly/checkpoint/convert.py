@@ -13,6 +13,7 @@ import torch
 from megapoly.checkpoint import weights as formats
 from megapoly.checkpoint.accounting import check_tensors
 from megapoly.checkpoint.export import export_huggingface, export_native
+from megapoly.checkpoint.huggingface import tokenizer_of
 from megapoly.checkpoint.megatron import Megatron
 from megapoly.checkpoint.megatron_export import export_megatron
 from megapoly.checkpoint.unfinished import Unfinished, fingerprint
@@ -54,7 +55,7 @@ def size(weights: Weights, options: Options) -> int:
 
 
 def open_source(path: Path, vocabulary: int | None = None, tokenizer: Path | None = None) -> Weights:
-    """Open what is to be converted, with this SentencePiece model in place of its own, where one is given.
+    """Open what is to be converted, with this tokenizer in place of its own, where one is given.
 
     Args:
         vocabulary: see :func:`megapoly.checkpoint.weights.open_weights`. Where it is not given, and the files do not
@@ -73,20 +74,20 @@ def open_source(path: Path, vocabulary: int | None = None, tokenizer: Path | Non
 
 
 def use_tokenizer(weights: Weights, path: Path) -> None:
-    """Have the conversion take this SentencePiece model, where the weights' own is not there or has moved.
+    """Have the conversion take this tokenizer, where the weights' own is not there or has moved.
 
     Raises:
-        DataError: it is no such model, or not the one that they were trained with.
-        CheckpointError: it has more pieces than the model has rows.
+        DataError: it is none, or not the one that they were trained with.
+        CheckpointError: it has more tokens than the model has rows.
     """
     tokenizer = Tokenizer.load(path)
     formats.check_tokenizer(weights, tokenizer)
     if tokenizer.vocabulary > weights.model.vocabulary:
         raise CheckpointError(
-            f"{path}: has {tokenizer.vocabulary} pieces, and the vocabulary of {weights.path} has"
+            f"{path}: has {tokenizer.vocabulary} tokens, and the vocabulary of {weights.path} has"
             f" {weights.model.vocabulary}; give the tokenizer of this model"
         )
-    weights.tokenizer, weights.tokenizer_sha256 = (path,), tokenizer.sha256
+    weights.tokenizer, weights.tokenizer_sha256 = tokenizer_of(path), tokenizer.sha256
 
 
 def convert(

@@ -138,6 +138,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def tokenizer_of(path: Path) -> tuple[Path, ...]:
+    """A tokenizer's file, and those beside it that belong to a tokenizer.json; empty where there is none."""
+    beside = TOKENIZER_SETTINGS if path.suffix == ".json" else ()
+    return tuple(each for each in (path, *map(path.with_name, beside)) if path.is_file() and each.is_file())
+
+
 def tokenizers_among(files: Sequence[Path]) -> list[Path]:
     """Those of a tokenizer's files that hold it whole; a run's may have any name.
 

@@ -118,9 +118,7 @@ class Native:
 
     def _tokenizer(self) -> tuple[Path, ...]:
         if "config" in self._reader.meta:
-            path = Path(self._reader.meta["config"]["data"]["tokenizer"])
-            beside = huggingface.TOKENIZER_SETTINGS if path.suffix == ".json" else ()
-            return tuple(each for each in (path, *map(path.with_name, beside)) if each.is_file())
+            return huggingface.tokenizer_of(Path(self._reader.meta["config"]["data"]["tokenizer"]))
         hashes: Mapping[str, str] = self._reader.meta.get("tokenizer_files", {})
         paths = {self.path / TOKENIZER / name: digest for name, digest in hashes.items()}
         for path, digest in paths.items():

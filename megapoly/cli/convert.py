@@ -57,7 +57,8 @@ def convert(
         ),
     ] = False,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="SentencePiece model to write, in place of the one that SRC has.")
+        Path | None,
+        typer.Option(help="SentencePiece model or tokenizer.json to write, in place of the one that SRC has."),
     ] = None,
 ) -> None:
     """Convert the weights of a model from one format to another.

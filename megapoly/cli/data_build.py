@@ -27,7 +27,7 @@ def data_build(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Path of the dataset, without .bin, .idx, .json.")],
-    tokenizer: Annotated[Path, typer.Option(help="Model file of the tokenizer.")],
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model or tokenizer.json.")],
     language: Annotated[str, typer.Option(help="Language of the text, such as th; of pairs, such as en-th.")],
     fields: Annotated[
         str,

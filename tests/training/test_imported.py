@@ -49,7 +49,7 @@ sequence = {length}
 global_batch = 4
 precision = "fp64"
 [optimizer]
-learning_rate = 0.001
+learning_rate = {rate}
 [validation]
 windows = 99
 [log]
@@ -69,6 +69,7 @@ def say(value: Any) -> str:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model in hf, which in LLaMA's case is given texts that begin with ``<s>``; tuned in run, and that in out."""
     made = tmp_path_factory.mktemp(request.param)
+    rate = 0.01 if request.param == "bloom" else 0.001  # so that their answers differ
     (made / "hf").mkdir()
     save(request.param, made / "hf", LENGTH, begins=request.param == "llama")
     rows = [row for row in tuning.records("es") if "messages" not in row]
@@ -84,7 +85,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     builder.build([source], made / "es", tokenizer, language="es", options=options)
     model = open_weights(made / "hf").model.model_dump(mode="json", exclude_defaults=True)
     keys = "".join(f"{key} = {say(value)}\n" for key, value in model.items())
-    (made / "run.toml").write_text(TOML.format(length=LENGTH) + keys)
+    (made / "run.toml").write_text(TOML.format(length=LENGTH, rate=rate) + keys)
     settings = config.load(made / "run.toml").on(1)
     train(prepare(settings, ParallelContext.create(settings.mesh), "never", made / "hf"), Console(quiet=True))
     convert(open_weights(made / "run"), made / "out", "huggingface", Options())
