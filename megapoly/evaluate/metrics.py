@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -46,10 +45,8 @@ def rouge(prediction: str, target: str, language: str) -> float:
 
 
 def bleu_tokenizer(language: str) -> str:
-    """sacreBLEU's for a language; by characters in Japanese where MeCab is not installed."""
-    if language == "ja":
-        return "ja-mecab" if importlib.util.find_spec("MeCab") else "char"
-    return {"zh": "zh", "ko": "char"}.get(language, "13a")
+    """sacreBLEU's for a language."""
+    return {"ja": "ja-mecab", "zh": "zh", "ko": "char"}.get(language, "13a")
 
 
 def bleu(pairs: Sequence[Pair], language: str, bootstrap: int = 0) -> tuple[float, float | None]:
@@ -61,7 +58,10 @@ def bleu(pairs: Sequence[Pair], language: str, bootstrap: int = 0) -> tuple[floa
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise ConfigError(f"BLEU needs sacrebleu: {_INSTALL}") from error
-    metric = BLEU(tokenize=bleu_tokenizer(language))
+    try:
+        metric = BLEU(tokenize=bleu_tokenizer(language))
+    except RuntimeError as error:  # of MeCab, where it is not there
+        raise ConfigError(f"Japanese BLEU needs MeCab: {_INSTALL}") from error
     texts, references = [text for text, _ in pairs], [[targets[0] for _, targets in pairs]]
     if bootstrap and len(pairs) > 1:
         found = metric.corpus_score(texts, references, n_bootstrap=bootstrap)

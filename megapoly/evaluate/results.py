@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Figure:
 
     Attributes:
         name: task and language.
-        language: of the task, or what it is an average of; empty for tasks of the harness.
+        language: of the task, or what it is an average of; of a group of the harness its task, of a single one empty.
         error: standard error; None where it is not known.
         samples: records that it is of.
         shots: examples before each question.
@@ -39,6 +39,7 @@ class Figure:
         parts: languages of an average.
         truncated: records of which the beginning was left out, since the model has too few positions.
         template: of the question of a tuned model, where it is asked for a text.
+        covariances: with the figures of other languages, where those are of the same records, translated.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Figure:
     parts: tuple[str, ...] = ()
     truncated: int = 0
     template: str = ""
+    covariances: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -78,14 +80,22 @@ def averages(figures: Sequence[Figure], covered: Sequence[str] = ()) -> list[Fig
             kinds[COVERED] = [each for each in languages if each in covered]
         for name, part in kinds.items():
             if part:
-                found.append(_average(name, [mine[each] for each in part]))
+                found.append(average(name, [mine[each] for each in part]))
     return found
 
 
-def _average(name: str, parts: Sequence[Figure]) -> Figure:
+def without_averages(figures: Sequence[Figure]) -> list[Figure]:
+    """Those that :func:`averages` has not made; what a group of the harness has as a whole stays."""
+    return [each for each in figures if not each.parts or (each.task not in BENCHMARKS and each.task != BITS)]
+
+
+def average(name: str, parts: Sequence[Figure]) -> Figure:
+    """The mean of figures of one task, each with the same weight. Its error counts their covariances."""
     errors = [each.error for each in parts]
     known = [error for error in errors if error is not None]
-    error = math.sqrt(sum(each * each for each in known)) / len(parts) if len(known) == len(parts) else None
+    shared = sum(each.covariances.get(other.language, 0.0) for each in parts for other in parts)
+    variance = max(0.0, sum(each * each for each in known) + shared)
+    error = math.sqrt(variance) / len(parts) if len(known) == len(parts) else None
     first, value = parts[0], sum(each.value for each in parts) / len(parts)
     return Figure(
         first.model, first.task, name, first.metric, value, error, first.unit, sum(each.samples for each in parts),
@@ -169,9 +179,14 @@ def markdown(figures: Sequence[Figure], notes: Iterable[str]) -> str:
 def notes(figures: Sequence[Figure]) -> list[str]:
     """What the table shows."""
     lines = [
-        "± is a standard error; averages are over the languages, each with the same weight. Their ± takes languages as"
-        " independent, though those of xnli, xcopa and pawsx are the same items translated: it is too small there."
+        "± is a standard error; averages are over the languages, each with the same weight. Where the records of"
+        " several are the same, translated (xnli, pawsx, xcopa), the ± of their average counts that; else languages are"
+        " taken as independent."
     ]
+    if any(each.parts for each in without_averages(figures)):
+        lines.append(
+            "The average of a group of lm-eval is as the group has it; of a tag, every task has the same weight."
+        )
     if any(each.task == BITS for each in figures):
         lines.append("Of bits per byte less is better, of all others more.")
     for task in dict.fromkeys(each.task for each in figures):

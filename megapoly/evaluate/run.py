@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import covariance
 from typing import Any
 
 from lm_eval import evaluator
@@ -23,7 +24,7 @@ from megapoly.evaluate.benchmarks import BENCHMARKS, BITS, GROUPS, Benchmark, ch
 from megapoly.evaluate.leader import Leader
 from megapoly.evaluate.model import HarnessModel
 from megapoly.evaluate.records import fetch_records, find_languages, read_records
-from megapoly.evaluate.results import Figure
+from megapoly.evaluate.results import Figure, average
 from megapoly.evaluate.tasks import make_bits_task, make_task, tuned_prompt
 
 _SEED = 1234  # of the harness, for which examples a question gets
@@ -60,13 +61,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task of the harness, and what its figure is called."""
+    """A task of the harness, and what its figure is called.
+
+    Attributes:
+        name: of a task of a group of the harness the group's, and its own is the language.
+        groups: of the harness that it was loaded with, by name.
+    """
 
     task: Task
     name: str
     language: str = ""
     metric: str = ""
     split: str = ""
+    groups: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(options: Options) -> list[Prepared]:
@@ -100,10 +107,11 @@ def evaluate(
     for each in own:
         each.task.set_config("doc_to_text", tuned_prompt(BENCHMARKS[each.name], each.language, template))
     forms = {each.task.task_name: template.name for each in own}
+    groups = {name: group for each in tasks for name, group in each.groups.items()}
     with _quiet():
         found: Any = evaluator.evaluate(
             harness,
-            {"tasks": {each.task.task_name: each.task for each in tasks}, "groups": {}},
+            {"tasks": {each.task.task_name: each.task for each in tasks}, "groups": groups},
             limit=options.limit,
             bootstrap_iters=_BOOTSTRAP,
             log_samples=True,
@@ -117,9 +125,12 @@ def evaluate(
         if each.metric:
             made = [_own_figure(model, each, answered, found["n-shot"][name], options.tuned)]
         else:
-            made = list(_foreign_figures(model, name, found["results"][name], found["n-shot"][name], options.tuned))
+            made = list(_foreign_figures(model, each, found["results"][name], found["n-shot"][name], options.tuned))
         figures += (replace(figure, truncated=truncated[name], template=forms.get(name, "")) for figure in made)
         samples += ({"model": model, "task": name, **sample} for sample in answered)
+    figures = _with_covariances(figures, tasks, found["samples"])
+    for group in dict.fromkeys(each.name for each in tasks if not each.metric and each.language):
+        figures += _of_group([each for each in figures if each.task == group], found["results"].get(group, {}))
     return figures, samples
 
 
@@ -179,18 +190,19 @@ def _own(benchmark: Benchmark, options: Options) -> Iterator[Prepared]:
 def _load(manager: TaskManager | None, name: str, options: Options) -> Iterator[Prepared]:
     assert manager
     try:
-        tasks = manager.load([name])["tasks"]
+        loaded = manager.load([name])
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
             f"--tasks {name}: could not be loaded ({' '.join(str(error).split())[:300]}); look at the connection, or"
             " load it where there is one"
         ) from error
-    for task_name, task in tasks.items():
+    alone = name in loaded["tasks"]
+    for task_name, task in loaded["tasks"].items():
         if options.shots is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=options.shots)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        yield Prepared(task, task_name)
+        yield Prepared(task, name, "" if alone else task_name.removeprefix(f"{name}_"), groups=loaded["groups"])
 
 
 def _own_figure(
@@ -205,7 +217,45 @@ def _own_figure(
     )  # fmt: skip
 
 
-def _foreign_figures(model: str, name: str, results: Mapping[str, Any], shots: int, tuned: bool) -> Iterator[Figure]:
+def _with_covariances(
+    figures: Sequence[Figure], tasks: Sequence[Prepared], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Figure]:
+    """The figures, those of translated records with their covariances; languages with other answers are others'."""
+    scores: dict[tuple[str, str], list[float]] = {}
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for each in tasks:
+        if each.name in BENCHMARKS and BENCHMARKS[each.name].translated:
+            answered = sorted(samples[each.task.task_name], key=lambda sample: int(sample["doc_id"]))
+            scores[each.name, each.language] = [100 * sample[each.metric] for sample in answered]
+            alike.setdefault((each.name, tuple(sample["target"] for sample in answered)), []).append(each.language)
+    shared = {(name, language): group for (name, _), group in alike.items() for language in group}
+
+    def covariances(task: str, language: str) -> dict[str, float]:
+        mine = scores.get((task, language), [])
+        others = [each for each in shared.get((task, language), []) if each != language and len(mine) > 1]
+        return {each: covariance(mine, scores[task, each]) / len(mine) for each in others}
+
+    return [replace(each, covariances=covariances(each.task, each.language)) for each in figures]
+
+
+def _of_group(figures: Sequence[Figure], results: Mapping[str, Any]) -> Iterator[Figure]:
+    """The averages of a group of the harness as that has them, or of all its tasks alike where it has none."""
+    for metric in dict.fromkeys(each.metric for each in figures):
+        parts = [each for each in figures if each.metric == metric]
+        whole = average("average", parts)
+        key, _, kind = metric.partition(", ")
+        key = f"{key},{kind or 'none'}"
+        if key not in results:
+            yield whole
+            continue
+        scale, error = 100 if whole.unit == "%" else 1, results.get(key.replace(",", "_stderr,"))
+        known = float(error) * scale if isinstance(error, (int, float)) else None
+        yield replace(whole, value=float(results[key]) * scale, error=known)
+
+
+def _foreign_figures(
+    model: str, prepared: Prepared, results: Mapping[str, Any], shots: int, tuned: bool
+) -> Iterator[Figure]:
     """Every metric of a task of the harness, as it gives it."""
     for key, value in results.items():
         metric, _, kind = key.partition(",")
@@ -216,7 +266,10 @@ def _foreign_figures(model: str, name: str, results: Mapping[str, Any], shots: i
         title = metric if kind == "none" else f"{metric}, {kind}"
         unit, scale = ("%", 100) if metric in _SHARES else ("", 1)
         error = None if known is None else known * scale
-        yield Figure(model, name, "", title, value * scale, error, unit, results["sample_len"], shots, tuned)
+        yield Figure(
+            model, prepared.name, prepared.language, title, value * scale, error, unit, results["sample_len"], shots,
+            tuned,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ def test_the_whole_of_it(folders: list[Path], data: Path, tmp_path: Path, capsys
     assert heads == ["task", "language", "records", "gpt2", "bloom"]
     assert lines[1][:4] == ["xcopa,", "accuracy", "zh", "3"]
     assert "gpt2: 12 records in " in captured.err
+    assert "--languages is of the benchmark's tasks; measured in all that they have: bits_per_byte\n" in captured.err
     assert "it/s" not in captured.err  # none of the harness's bars
     rows = json.loads(files[0].read_text())["rows"]
     names = ["xcopa/zh", "wmt20/zh-en", "wmt20/en-zh", "bits_per_byte/en"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -78,10 +79,10 @@ def options(data: Path, tuned: bool) -> dict[str, Any]:
     )
 
 
-def peer_answers(folder: Path, peer: nn.Module, asked: dict[str, Any]) -> Answers:
+def peer_answers(folder: Path, peer: nn.Module, asked: dict[str, Any], positions: int = POSITIONS) -> Answers:
     tokenizer = models.transformers.AutoTokenizer.from_pretrained(folder)
     # One at a time: transformers' masks of padding are no numbers in float64.
-    model = HFLM(pretrained=peer, tokenizer=tokenizer, batch_size=1, max_length=POSITIONS)
+    model = HFLM(pretrained=peer, tokenizer=tokenizer, batch_size=1, max_length=positions)
     tasks = run.prepare(run.Options(**asked))
     for each in tasks:
         each.task.set_fewshot_seed(1234)
@@ -90,11 +91,11 @@ def peer_answers(folder: Path, peer: nn.Module, asked: dict[str, Any]) -> Answer
     return answers(evaluator.evaluate(model, {"tasks": {each.task.task_name: each.task for each in tasks}})["samples"])
 
 
-def check(family: str, mine: Answers, its: Answers) -> None:
+def check(family: str, mine: Answers, its: Answers, tasks: tuple[str, ...] = TASKS) -> None:
     """To 1e-8; of BLOOM, whose softmax transformers computes in fp32 whatever the dtype, to 1e-5."""
     near = 1e-5 if family == "bloom" else 1e-8
     assert list(mine) == list(its)
-    assert {name.split("/")[0] for name in mine} == set(TASKS)
+    assert {name.split("/")[0] for name in mine} == set(tasks)
     for name, theirs in its.items():
         for own, other in zip(mine[name], theirs, strict=True):
             if isinstance(other[0], str):
@@ -127,6 +128,21 @@ def check_layouts(
     for (family, _, tuned), ranks in zip(cases, found, strict=True):
         check(family, ranks[0][0], peers[family, tuned])
         assert ranks[1:] == [None] * (size - 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_records_longer_than_the_model(tmp_path: Path, data: Path, family: str) -> None:
+    """The same of their beginning is left out, and of how many is told."""
+    positions = 160
+    peer = widened(models.save(family, tmp_path, positions, begins=family == "llama"))
+    if family == "bloom":  # which has no longest sequence of its own
+        settings = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**settings, "seq_length": positions}))
+    long = tuple(name for name in TASKS if name not in ("xwinograd", "bits_per_byte"))
+    asked = {**options(data, False), "tasks": long, "texts": {}, "shots": 3}
+    mine, figures = own_answers(0, 1, tmp_path, (1, 1, 1), asked)
+    check(family, mine, peer_answers(tmp_path, peer, asked, positions), long)
+    assert {each.task for each in figures if each.truncated} == {*long}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
