@@ -164,7 +164,7 @@ def _report(output: Path, made: Sidecar, state: Progress, spent: float) -> None:
     about = "about " if made.duplicates.documents else ""
     print(
         f"{output}: {made.documents:,} documents ({made.validation.documents:,} held out),"
-        f" {about}{made.bytes / 1e6:.2f} MB, {made.tokens:,} tokens, {made.bytes / made.tokens:.3f} bytes/token,"
+        f" {about}{made.bytes / 1e6:.2f} MB, {made.tokens:,} tokens, {made.bytes_per_token:.3f} bytes/token,"
         f" {spent:.1f} s, {_speed(state, spent)}"
     )
     if state.kept_bytes:

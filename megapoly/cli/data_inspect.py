@@ -125,7 +125,7 @@ def _print_counts(datasets: Sequence[IndexedDataset]) -> None:
             f"{dataset.tokens:,}",
             f"{dataset.tokens - dataset.train_tokens:,}",
             f"{side.bytes / 1e6:.2f}" if side else "?",
-            f"{side.bytes / dataset.tokens:.3f}" if side else "?",
+            f"{side.bytes_per_token:.3f}" if side else "?",
             f"{side.tokenizer.vocabulary:,}" if side else dataset.dtype.name,
             side.tokenizer.sha256[:6] if side else "?",
         )
@@ -205,7 +205,7 @@ def _count_rows(dataset: IndexedDataset) -> list[dict[str, Any]]:
     ]
     if (side := dataset.sidecar) is not None:
         rows.append(_row(dataset, "text", side.bytes, "bytes"))
-        rows.append(_row(dataset, "bytes per token", side.bytes / dataset.tokens, "bytes/token"))
+        rows.append(_row(dataset, "bytes per token", side.bytes_per_token, "bytes/token"))
     return rows
 
 

@@ -131,6 +131,11 @@ class Sidecar(_Frozen):
         """Number of ids of the .bin: twice the tokenizer's where they are marked."""
         return self.tokenizer.vocabulary * (2 if self.instructions else 1)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Of text; the padding of packs does not count."""
+        return self.bytes / (self.tokens - (self.padding.tokens if self.padding else 0))
+
     @classmethod
     def read(cls, path: Path) -> Sidecar | None:
         """The sidecar at ``path``, None where there is none.

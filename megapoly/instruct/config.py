@@ -95,7 +95,9 @@ class Local(_Section):
     top_p: Overlap = 0.8
     repetition_penalty: PositiveFloat = 1.0
     template: str | None = Field(
-        None, description="of a tuned model, with {prompt}; where not given the model goes on from the prompt"
+        None,
+        description="of a tuned model, with {prompt}; where not given that of a model that megapoly has tuned, and"
+        " others go on from the prompt",
     )
     batch: PositiveInt = 16
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] | None = Field(None, description="as stored where not given")

@@ -34,8 +34,12 @@ class Checkpoint:
 
     def start(self, ticket: int, number: int, prompt: str) -> None:
         """See :class:`megapoly.instruct.model.Model`."""
-        text = prompt if self._template is None else self._template.replace("{prompt}", prompt)
-        self._started.append((ticket, number, text))
+        own = self._generator.template
+        if self._template is not None:
+            prompt = self._template.replace("{prompt}", prompt)
+        elif own is not None:
+            prompt = own.turn(prompt)
+        self._started.append((ticket, number, prompt))
 
     def wait(self, seconds: float) -> list[tuple[int, Answer | Fault]]:
         """All that were started, however long that takes."""

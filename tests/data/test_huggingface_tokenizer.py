@@ -241,6 +241,8 @@ def test_packs_of_instructions(folder: Path) -> None:
     side = build([source], folder / "p", tokenizer, language="es", options=options)
     assert (side.pack, side.padding.id) == (256, tokenizer.eod + tokenizer.vocabulary)
     dataset = IndexedDataset(folder / "p")
+    filled = sum(len(dataset.document(i)) for i in range(dataset.documents) if not dataset.learned(i).all())
+    assert side.bytes_per_token == side.bytes / filled
     kept = [i for i in range(dataset.documents) if not dataset.learned(i).all()]
     assert len(kept) == 15
     begin = list(tokenizer.begin)

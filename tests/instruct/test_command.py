@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.cli import main
+from megapoly.data.templates import TEMPLATES
 from tests.generate import models
 from tests.instruct import runs
 from tests.instruct.runs import NEEDED, ROWS, go
@@ -141,7 +142,7 @@ def test_a_checkpoint_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixt
     models.save("llama", tmp_path / "model")
     settings = Local(path=tmp_path / "model", max_tokens=6, batch=3, device="cpu", template="Q {prompt} A")
 
-    def answers(numbers: list[int]) -> dict[int, str]:
+    def answers(numbers: list[int], settings: Local = settings) -> dict[int, str]:
         model = Checkpoint(settings, seed=4)
         assert (model.concurrency, model.limit, model.context) == (3, 6, models.POSITIONS)
         for number in numbers:
@@ -154,6 +155,13 @@ def test_a_checkpoint_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixt
     together = answers([5, 1, 2, 3])
     assert sorted(together) == [1, 2, 3, 5]
     assert together == {**answers([1, 3]), **answers([2]), **answers([5])}
+    # One that megapoly has tuned is asked in its own form.
+    bare = settings.model_copy(update={"template": None})
+    plain, wrapped = answers([1], bare), answers([1], settings.model_copy(update={"template": "{prompt}\n\n"}))
+    tokenizer = tmp_path / "model/tokenizer_config.json"
+    form = TEMPLATES["multialpaca"].model_dump()
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "megapoly_template": form}))
+    assert plain != wrapped == answers([1], bare)
     model = Checkpoint(settings, seed=4)
     model.start(0, 0, "long " * 100)
     ((_, refused),) = model.wait(0.0)
