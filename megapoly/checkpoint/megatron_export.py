@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megapoly.checkpoint.families import Slot
+from megapoly.checkpoint.huggingface_tokenizer import plain_name
 from megapoly.checkpoint.megatron import FILE, ORIGIN, RELEASE, TOKENIZER, TRACKER, rank_folder
 from megapoly.checkpoint.megatron_args import check_exportable, to_arguments
 from megapoly.checkpoint.megatron_layout import Part, padded_vocabulary, slots
@@ -64,7 +65,9 @@ def export_megatron(
         unfinished.finish_file(name, partial(write_torch, value=content))
         weights.release()
     _write_others(weights, unfinished)
-    return [_advice(options, kind, [unfinished.final / TOKENIZER / path.name for path in weights.tokenizer])]
+    return [
+        _advice(options, kind, [unfinished.final / TOKENIZER / plain_name(weights, path) for path in weights.tokenizer])
+    ]
 
 
 def _tensor(slot: Slot, dtype: torch.dtype, stream: Stream) -> NewTensor:
@@ -93,7 +96,7 @@ def _nested(tensors: dict[str, NewTensor]) -> dict[str, Any]:
 
 def _write_others(weights: Weights, unfinished: Unfinished) -> None:
     for path in weights.tokenizer:
-        unfinished.finish_file(f"{TOKENIZER}/{path.name}", copy_of(path))
+        unfinished.finish_file(f"{TOKENIZER}/{plain_name(weights, path)}", copy_of(path))
     kept = {"tokenizer": weights.tokenizer_sha256, "origin": dict(weights.origin)}
     text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
     unfinished.finish_file(ORIGIN, lambda path: _write(path, text))

@@ -148,6 +148,7 @@ def test_answers(folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float64)
     assert model.generation_config.eos_token_id == peer.eos_token_id
     convert(open_weights(folder / "run"), folder / "own", "megapoly", Options())
+    convert(open_weights(folder / "own"), folder / "again", "huggingface", Options())
     messages = [[{**QUESTION, "content": row["instruction"]}] for row in rows_of(folder)[:8]]
     prompts = [TEMPLATES["chat"].turn(each[0]["content"], each[0]["input"]) for each in messages]
     expected = []
@@ -157,7 +158,7 @@ def test_answers(folder: Path) -> None:
             found = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=1)[0, ids.shape[1] :]
         expected.append(peer.decode(found, skip_special_tokens=True))
     assert len(set(expected)) > 1
-    for source in ("run", "own", "out"):
+    for source in ("run", "own", "again", "out"):
         generator = Generator.open(folder / source)
         assert generator.template == TEMPLATES["chat"]
         made = [each.text for each in generator.generate(prompts, Sampling(tokens=12, temperature=0))]
@@ -187,6 +188,9 @@ def test_another_tokenizer(folder: Path, tmp_path: Path) -> None:
     train(run, Console(quiet=True), stop_step=1)
     convert(open_weights(tmp_path / "run"), tmp_path / "out", "huggingface", Options())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == content + b" "
+    if "gpt2" in folder.name:
+        convert(open_weights(tmp_path / "run"), tmp_path / "megatron", "megatron", Options(tp=2))
+        assert (tmp_path / "megatron" / "tokenizer" / "tokenizer.json").read_bytes() == content + b" "
     assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert len(Generator.open(tmp_path / "run").generate(["hello"], Sampling(tokens=3))) == 1
     (tmp_path / "other.json").write_bytes(content)
