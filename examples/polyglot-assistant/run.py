@@ -98,7 +98,8 @@ def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
     megapoly("instruct", "report", FOLDER / "instruct")
 
     console.rule("2. Tuning", align="left")
-    shutil.copy(base / "tokenizer.model", FOLDER / "tokenizer.model")
+    trained_with = json.loads((base / "config.json").read_text(encoding="utf-8"))["data"]["tokenizer"]
+    shutil.copy(trained_with, FOLDER / "tokenizer.model")
     shutil.copy(HERE / "tune.toml", FOLDER / "tune.toml")
     for code in LANGUAGES:
         split(code)

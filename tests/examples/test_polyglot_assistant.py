@@ -97,7 +97,8 @@ def test_all_of_it(tmp_path: Path) -> None:
     for code in ("de", "es", "ja"):
         build = ("data", "build", "--tokenizer", "tokenizer.model", "--language", code, "--output", f"data/{code}")
         run("-m", "megapoly", *build, f"{code}.jsonl")
-    (base / "base.toml").write_text(tune.replace('"tuned"', '"run"').replace("epochs = 16", "tokens = 10_240"))
+    mixed = "tokens = 20_480\nweights = { de = 0.5, es = 0.25, ja = 0.25 }"
+    (base / "base.toml").write_text(tune.replace('"tuned"', '"run"').replace("epochs = 16", mixed))
     run("-m", "megapoly", "train", "base.toml")
 
     said = run(here / "run.py", base / "run")
@@ -109,7 +110,7 @@ def test_all_of_it(tmp_path: Path) -> None:
         f"{task}/{each}" for task in ("bits_per_byte", "assistant") for each in ("de", "es", "ja", "average")
     }
     values = {(row["name"], row["model"].split("/")[-1]): row["value"] for row in rows}
-    assert values["bits_per_byte/average", "tuned"] < 0.8 * values["bits_per_byte/average", "run"]
+    assert values["bits_per_byte/average", "tuned"] < 0.95 * values["bits_per_byte/average", "run"]
     assert values["assistant/average", "tuned"] > values["assistant/average", "run"] + 10
     assert (folder / "result.png").read_bytes().startswith(b"\x89PNG")
     assert "| assistant, accuracy |" in (folder / "result.md").read_text()
