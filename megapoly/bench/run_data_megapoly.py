@@ -12,10 +12,10 @@ from megapoly.bench.data_job import Measured, repeated, serve, watch
 from megapoly.data import _index
 from megapoly.data.builder import Options, build
 from megapoly.data.indexed import IndexedDataset, dtype_code
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.plan import Plan
 from megapoly.data.samples import read
 from megapoly.data.segments import Source
-from megapoly.data.tokenizer import Tokenizer
 
 _ROWS = 256  # of a batch
 
@@ -84,7 +84,7 @@ def write(prefix: str, tokens: int, mean: int, vocabulary: int) -> Measured:
 
 def encode(prefix: str, texts: Sequence[str], tokenizer: str, threads: int) -> Measured:
     """A whole build, from JSON lines; the work is bytes of text."""
-    loaded = Tokenizer.load(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     options = Options(validation_fraction=0.0, processes=threads, threads=threads, overwrite=True)
     with watch() as result:
         made = build([Path(text) for text in texts], prefix, loaded, language="en", options=options)

@@ -31,7 +31,7 @@ def draw_evaluation(figures: Sequence[Figure]) -> Picture:
         groups: dict[str, list[Figure]] = {}
         for each in sorted(mine, key=lambda each: bool(each.parts)):
             groups.setdefault(each.language or "all", []).append(each)
-        panels.append((f"{task}\n{title_of(metric)}", groups))
+        panels.append((f"{task}\n{title_of(metric, figures)}", groups))
     most = max(len(groups) for _, groups in panels)
     picture = new_figure(max(6.0, 2.0 + 0.2 * most * (len(models) + 1.5)), 0.6 + 2.2 * len(panels))
     all_axes: Any = picture.subplots(len(panels), 1, squeeze=False)[:, 0]

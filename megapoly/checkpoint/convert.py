@@ -18,7 +18,7 @@ from megapoly.checkpoint.megatron import Megatron
 from megapoly.checkpoint.megatron_export import export_megatron
 from megapoly.checkpoint.unfinished import Unfinished, fingerprint
 from megapoly.checkpoint.weights import Options, Weights
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError
 
 Format = Literal["megapoly", "huggingface", "megatron"]
@@ -68,7 +68,7 @@ def open_source(path: Path, vocabulary: int | None = None, tokenizer: Path | Non
     if tokenizer is None:
         return weights
     if isinstance(weights, Megatron) and weights.pads:
-        weights = formats.open_weights(path, Tokenizer.load(tokenizer).vocabulary)
+        weights = formats.open_weights(path, load_tokenizer(tokenizer, ends=False).vocabulary)
     use_tokenizer(weights, tokenizer)
     return weights
 
@@ -80,7 +80,7 @@ def use_tokenizer(weights: Weights, path: Path) -> None:
         DataError: it is none, or not the one that they were trained with.
         CheckpointError: it has more tokens than the model has rows.
     """
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path, ends=False)
     formats.check_tokenizer(weights, tokenizer)
     if tokenizer.vocabulary > weights.model.vocabulary:
         raise CheckpointError(

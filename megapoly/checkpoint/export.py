@@ -16,10 +16,10 @@ from megapoly.checkpoint.families import Slot, slots
 from megapoly.checkpoint.files import CODES, write_tensors
 from megapoly.checkpoint.huggingface import CONFIG, GENERATION_CONFIG, sha256
 from megapoly.checkpoint.huggingface_config import to_config
-from megapoly.checkpoint.huggingface_tokenizer import end_ids, plain_name, tokenizer_files
+from megapoly.checkpoint.huggingface_tokenizer import end_ids, kept_files, tokenizer_files
 from megapoly.checkpoint.streams import Stream, ahead
 from megapoly.checkpoint.tensor_files import INDEX
-from megapoly.checkpoint.unfinished import Unfinished, copy_of
+from megapoly.checkpoint.unfinished import Unfinished
 from megapoly.checkpoint.weights import TOKENIZER, Options, Weights
 from megapoly.spec import Box, Index
 
@@ -64,6 +64,11 @@ def export_huggingface(weights: Weights, unfinished: Unfinished, options: Option
         }
         _write_json(unfinished, f"model.safetensors{INDEX}", index)
     files, notes = tokenizer_files(weights)
+    if config["model_type"] == "qwen2" and "huggingface" not in weights.origin and files:
+        notes.append(
+            "transformers 5 splits text by Qwen's rule for every model of this kind, whatever its tokenizer.json says:"
+            " load that with PreTrainedTokenizerFast.from_pretrained, not AutoTokenizer; --verify compares the two"
+        )
     for name, make in files.items():
         unfinished.finish_file(name, make)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
@@ -88,10 +93,9 @@ def export_native(weights: Weights, unfinished: Unfinished, options: Options, pr
             piece = {"file": name, "key": each.key, **place}
             rows.append({"name": each.key, "shape": list(each.shape), "dtype": say_dtype(each.dtype), "piece": piece})
     digests = {}
-    for path in weights.tokenizer:
-        name = plain_name(weights, path)
-        digests[name] = sha256(path)
-        unfinished.finish_file(f"{TOKENIZER}/{name}", copy_of(path))
+    for name, make in kept_files(weights).items():
+        unfinished.finish_file(f"{TOKENIZER}/{name}", make)
+        digests[name] = sha256(unfinished.path / TOKENIZER / name)
     meta = {
         "model": weights.model.model_dump(mode="json"),
         "tokenizer": weights.tokenizer_sha256,

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from megapoly.checkpoint.families import Slot
-from megapoly.checkpoint.huggingface_tokenizer import plain_name
+from megapoly.checkpoint.huggingface_tokenizer import kept_files, plain_name
 from megapoly.checkpoint.megatron import FILE, ORIGIN, RELEASE, TOKENIZER, TRACKER, rank_folder
 from megapoly.checkpoint.megatron_args import check_exportable, to_arguments
 from megapoly.checkpoint.megatron_layout import Part, padded_vocabulary, slots
 from megapoly.checkpoint.streams import PART, Stream, ahead
 from megapoly.checkpoint.torch_writer import NewTensor, write_torch
-from megapoly.checkpoint.unfinished import Unfinished, copy_of
+from megapoly.checkpoint.unfinished import Unfinished
 from megapoly.checkpoint.weights import Options, Weights
 from megapoly.spec import Box
 
@@ -95,8 +95,8 @@ def _nested(tensors: dict[str, NewTensor]) -> dict[str, Any]:
 
 
 def _write_others(weights: Weights, unfinished: Unfinished) -> None:
-    for path in weights.tokenizer:
-        unfinished.finish_file(f"{TOKENIZER}/{plain_name(weights, path)}", copy_of(path))
+    for name, make in kept_files(weights).items():
+        unfinished.finish_file(f"{TOKENIZER}/{name}", make)
     kept = {"tokenizer": weights.tokenizer_sha256, "origin": dict(weights.origin)}
     text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
     unfinished.finish_file(ORIGIN, lambda path: _write(path, text))

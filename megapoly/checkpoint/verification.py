@@ -11,12 +11,14 @@ from torch import Tensor
 
 from megapoly.checkpoint.huggingface import HuggingFace
 from megapoly.checkpoint.weights import Weights, open_weights
+from megapoly.data.huggingface_tokenizer import HuggingFaceTokenizer
 from megapoly.errors import CheckpointError
 from megapoly.layers.call import Call, Place, spec_of
 from megapoly.models.decoder import DecoderStage
 from megapoly.spec import Piece
 
 _BATCH, _LENGTH = 4, 48
+_TEXTS = ("Año 1984: los programas\n\nestán aquí.", "日本語の文。12", "ภาษาไทย  ok", " It's\ta line \n")
 _PEER = 1e-3  # allowed difference to transformers in float32, which computes in another order
 
 
@@ -49,6 +51,8 @@ def verify(
     Raises:
         CheckpointError: the logits differ.
     """
+    if note := _tokenizer_note(written):
+        tell(note)
     both = [open_weights(source, vocabulary), open_weights(written)]
     dtypes = [{name: dtype for name, (_, dtype) in each.tensors.items()} for each in both]
     wide = torch.float64 if any(torch.float64 in each.values() for each in dtypes) else torch.float32
@@ -92,6 +96,25 @@ def _peer(path: Path, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
     logits: Tensor = model(tokens_BS).logits
     return logits
+
+
+def _tokenizer_note(path: Path) -> str | None:
+    """That transformers makes other ids of a text than the tokenizer.json in a folder."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        from transformers import AutoTokenizer, __version__
+    except ImportError:
+        return None
+    theirs, ours = AutoTokenizer.from_pretrained(path, local_files_only=True), HuggingFaceTokenizer(file, ends=False)
+    for text in _TEXTS:
+        if theirs(text, add_special_tokens=False).input_ids != ours.encode_prompt(text, begins=False):
+            return (
+                f"{path}: AutoTokenizer of transformers {__version__} makes other ids of {text!r} than tokenizer.json,"
+                f" since it takes {type(theirs).__name__}; load it with PreTrainedTokenizerFast.from_pretrained"
+            )
+    return None
 
 
 def _compare(what: str, first: Tensor, second: Tensor, bound: float) -> Comparison:

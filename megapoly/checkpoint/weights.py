@@ -118,7 +118,10 @@ class Native:
 
     def _tokenizer(self) -> tuple[Path, ...]:
         if "config" in self._reader.meta:
-            return huggingface.tokenizer_of(Path(self._reader.meta["config"]["data"]["tokenizer"]))
+            path = Path(self._reader.meta["config"]["data"]["tokenizer"])
+            if not path.is_file():
+                self.notes.append(f"{path}: the run's tokenizer is not there any more; --tokenizer says where it is")
+            return huggingface.tokenizer_of(path)
         hashes: Mapping[str, str] = self._reader.meta.get("tokenizer_files", {})
         paths = {self.path / TOKENIZER / name: digest for name, digest in hashes.items()}
         for path, digest in paths.items():

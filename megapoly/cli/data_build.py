@@ -92,9 +92,9 @@ def data_build(
     """
     from megapoly.data import builder
     from megapoly.data.bilingual import TEMPLATES, load_templates
+    from megapoly.data.load_tokenizer import load_tokenizer
     from megapoly.data.skipped import describe_skipped
     from megapoly.data.templates import load_template
-    from megapoly.data.tokenizer import Tokenizer
     from megapoly.errors import ConfigError
 
     if template and not instructions:
@@ -118,9 +118,13 @@ def data_build(
         threads=threads,
         overwrite=overwrite,
     )
-    loaded = Tokenizer.load(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     if loaded.encoder != "megapoly":
         print(f"{tokenizer}: encoded by {loaded.encoder}, several times slower than by our own encoder")
+    if loaded.loses:
+        print(
+            f"{tokenizer}: characters that it has no token for are left out of the text; give one with bytes, or <unk>"
+        )
     made = _build(files, output, loaded, language, options)
     for line in describe_skipped(made.skipped):
         print(line)

@@ -85,9 +85,9 @@ def data_head(
 
 
 def _load(path: Path | None) -> Tokenizer | None:
-    from megapoly.data.tokenizer import Tokenizer
+    from megapoly.data.load_tokenizer import load_tokenizer
 
-    return Tokenizer.load(path) if path else None
+    return load_tokenizer(path) if path else None
 
 
 def _check_tokenizer(dataset: IndexedDataset, loaded: Tokenizer | None) -> None:

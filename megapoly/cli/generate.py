@@ -75,7 +75,7 @@ def generate_texts(
     [bold]Example:[/bold] megapoly generate runs/tuned --instruction "Traduce al inglés." --input "Buenos días"
     """
     from megapoly.engine import DTYPES
-    from megapoly.generate import Generator, Sampling
+    from megapoly.generate import Generator, Question, Sampling
     from megapoly.launch import run_meshed
     from megapoly.run import agree
 
@@ -91,8 +91,8 @@ def generate_texts(
             generator = agree(context, lambda: Generator.open(model, tokenizer, chosen, context=context, batch=batch))
             if asks or chat:
                 form = agree(context, lambda: _template(generator, model))
-                texts = [form.turn(text) for text in texts] if chat else texts
-                texts += [form.turn(instruction, given)] if instruction is not None else []
+                texts = [Question(form.turn(text)) for text in texts] if chat else texts
+                texts += [Question(form.turn(instruction, given))] if instruction is not None else []
             _Printer(context, jsonl, output, answers=asks or chat).run(generator, texts, sampling)
 
     if given is not None and instruction is None:

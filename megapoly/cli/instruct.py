@@ -55,6 +55,10 @@ def instruct_generate(
     from megapoly.instruct import tasks
 
     config = configuration.load(path, overrides or [])
+    if config.local:
+        from megapoly.instruct.local import with_own_template
+
+        config = with_own_template(config)
     chosen = list(dict.fromkeys(languages or config.languages))
     unknown = [code for code in chosen if code not in config.languages]
     if unknown:

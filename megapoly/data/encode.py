@@ -23,7 +23,7 @@ from megapoly.data.indexed import dtype_code, part
 from megapoly.data.naming import NewDataset, new_dataset
 from megapoly.data.readers import BadRecord, BadRecords, Chunk, parse
 from megapoly.data.records import TOO_LONG
-from megapoly.data.sidecar import Checksums, Sidecar, TokenizerMark, Validation
+from megapoly.data.sidecar import Checksums, Sidecar, Validation
 from megapoly.data.skipped import skipped_of
 from megapoly.data.tokenizer import Ids, Lengths, Tokenizer
 
@@ -92,7 +92,7 @@ class Encoder:
         options = self.options
         return Sidecar(
             language=self.language,
-            tokenizer=TokenizerMark(sha256=self.tokenizer.sha256, vocabulary=vocabulary),
+            tokenizer=self.tokenizer.mark,
             documents=documents,
             tokens=tokens,
             bytes=trained.bytes + held_back.bytes,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -45,7 +43,6 @@ class HuggingFaceTokenizer(Tokenizer):
             import tokenizers
         except ImportError as error:
             raise ConfigError(f"{path}: reading it needs tokenizers: pip install 'megapoly[data]'") from error
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours, as many as are asked for
         self._content = read_file(path, "a tokenizer.json")
         super().__init__(path, self._content)
         try:
@@ -69,24 +66,28 @@ class HuggingFaceTokenizer(Tokenizer):
         self.begin = self._before()
 
     def encode_flat(self, texts: Sequence[str], threads: int = 0, special: bool = False) -> tuple[Ids, Lengths]:
+        """As of :class:`Tokenizer`; by one thread, or by all that the library has."""
         tokenizer = self._tokenizer if special else self._plain
-        count = min(threads or os.cpu_count() or 1, len(texts))
-
-        def encode(part: Sequence[str]) -> list[list[int]]:
-            return [each.ids for each in tokenizer.encode_batch_fast(part, add_special_tokens=False)]
-
+        batches = [[text] for text in texts] if threads == 1 else [texts]
         try:
-            if count < 2:
-                encoded = encode(texts)
-            else:
-                with ThreadPoolExecutor(count) as pool:
-                    step = -(-len(texts) // (4 * count))
-                    parts = [texts[i : i + step] for i in range(0, len(texts), step)]
-                    encoded = [ids for part in pool.map(encode, parts) for ids in part]
+            encoded = [
+                each.ids for batch in batches for each in tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            ]
         except Exception as error:  # as above
             raise self._cannot(error) from error
         lengths = np.array([len(ids) for ids in encoded], np.int64)
         return np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum())), lengths
+
+    def encode_prompts(self, prompts: Sequence[str], firsts: Sequence[bool], threads: int = 0) -> tuple[Ids, Lengths]:
+        """As of :class:`Tokenizer`, and so as transformers has the text of a chat."""
+        begin, end = "".join(map(self.piece, self.begin)), self.piece(self.eod)
+        first = np.array(firsts, np.bool_)
+        texts = [(begin if given else end) + prompt for prompt, given in zip(prompts, first)]
+        ids, lengths = self.encode_flat(texts, threads, special=True)
+        starts = (np.cumsum(lengths) - lengths)[~first]
+        if (ids[starts] != self.eod).any():
+            raise DataError(f"{self.path}: {end!r} ends documents, and is no special token; add it to added_tokens")
+        return np.delete(ids, starts), lengths - ~first
 
     def encode_prompt(self, text: str, begins: bool = True) -> list[int]:
         """Ids of a text as transformers has them, whatever ``add_bos_token`` of its settings says.
@@ -106,7 +107,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def piece(self, i: int) -> str:
-        return str(self._tokenizer.id_to_token(i))
+        return str(self._tokenizer.id_to_token(i) or "")
 
     def byte_lengths(self) -> npt.NDArray[np.int32]:
         kinds = re.findall(
@@ -126,6 +127,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return lengths
 
     @cached_property
+    def loses(self) -> bool:
+        """Whether a character that it has no token for vanishes."""
+        try:
+            return not self._plain.encode("\ue0b7", add_special_tokens=False).ids  # of private use
+        except Exception:  # as above: such a character is refused
+            return False
+
+    @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same, to which the words of special tokens are text as any."""
         import tokenizers
@@ -143,7 +152,11 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception:  # it has no token for this letter
             return ()
         starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-        return tuple(whole[: next(starts, 0)]) if bare else ()
+        begin = tuple(whole[: next(starts, 0)]) if bare else ()
+        words = "".join(map(self.piece, begin))
+        if tuple(self._tokenizer.encode(words, add_special_tokens=False).ids) != begin:
+            raise DataError(f"{self.path}: {words!r} begins a text, and is no special token; add it to added_tokens")
+        return begin
 
     def _named(self, name: str) -> int | None:
         """The id of the token of a name, ``eos_token`` or ``bos_token``, as the files beside say."""

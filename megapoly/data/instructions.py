@@ -109,18 +109,16 @@ def _turn(record: Record, number: int, message: Any) -> tuple[str, str]:
 def encode(tokenizer: Tokenizer, examples: Sequence[Example], threads: int) -> tuple[Ids, Lengths]:
     """Marked ids of all examples one after another, and [n] how many each has."""
     rounds = [each for example in examples for each in example.rounds]
-    firsts = np.cumsum([0, *(len(example.rounds) for example in examples[:-1])])
-    learned, begin = tokenizer.vocabulary, np.array(tokenizer.begin, np.int32)
-    begins = np.zeros(len(rounds), np.int64)
-    begins[firsts] = len(begin)
+    begins = np.cumsum([0, *(len(example.rounds) for example in examples[:-1])])
+    firsts = np.isin(np.arange(len(rounds)), begins)
+    learned = np.int32(tokenizer.vocabulary)
     answers, sizes = tokenizer.encode_after([answer for _, answer in rounds], threads)
     ids, lengths = _side_by_side(
-        (np.tile(begin, len(firsts)), begins),
-        tokenizer.encode_flat([prompt for prompt, _ in rounds], threads, special=True),
-        (answers + np.int32(learned), sizes),
+        tokenizer.encode_prompts([prompt for prompt, _ in rounds], firsts.tolist(), threads),
+        (answers + learned, sizes),
         (np.full(len(rounds), tokenizer.eod + learned, np.int32), np.ones(len(rounds), np.int64)),
     )
-    return ids, np.add.reduceat(lengths, firsts)
+    return ids, np.add.reduceat(lengths, begins)
 
 
 def _side_by_side(*columns: tuple[Ids, Lengths]) -> tuple[Ids, Lengths]:

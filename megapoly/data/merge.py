@@ -145,6 +145,8 @@ def _compared(first: Part, each: Part) -> Iterator[tuple[str, object, object, st
         again = "build all with one tokenizer"
         yield "a tokenizer of SHA-256", a.tokenizer.sha256, b.tokenizer.sha256, again
         yield "a vocabulary of", a.tokenizer.vocabulary, b.tokenizer.vocabulary, again
+        yield "as end of documents the id", a.tokenizer.eod, b.tokenizer.eod, again
+        yield "as begin of documents the ids", a.tokenizer.begin, b.tokenizer.begin, again
         yield "as template of instructions", a.instructions, b.instructions, "build all with one --template"
         again = "build all with the same --validation and --seed"
         yield "a validation fraction of", a.validation.fraction, b.validation.fraction, again

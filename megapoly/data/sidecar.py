@@ -25,10 +25,12 @@ class _Frozen(pydantic.BaseModel):
 
 
 class TokenizerMark(_Frozen):
-    """The tokenizer that wrote a dataset."""
+    """The tokenizer that wrote a dataset; ``begin`` and ``eod`` are the ids around every document."""
 
     sha256: str
     vocabulary: Annotated[int, pydantic.Field(ge=0, le=2**31)]
+    begin: tuple[Count, ...] = ()
+    eod: Count | None = None
 
 
 class Validation(_Frozen):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.sidecar import TokenizerMark
 from megapoly.errors import DataError
 
 Ids = npt.NDArray[np.int32]
@@ -44,23 +45,6 @@ class Tokenizer(ABC):
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
 
-    @staticmethod
-    def load(path: str | Path, ends: bool = True) -> Tokenizer:
-        """Load a tokenizer: a ``.json`` of the ``tokenizers`` library, or else a SentencePiece model.
-
-        Args:
-            ends: refuse one that has no id to end documents with.
-
-        Raises:
-            DataError: the file is missing, or is no tokenizer, or cannot end documents and ``ends`` is set.
-            ConfigError: the ``tokenizers`` library is needed, and is not installed.
-        """
-        from megapoly.data.huggingface_tokenizer import HuggingFaceTokenizer
-        from megapoly.data.sentencepiece_tokenizer import SentencePieceTokenizer
-
-        path = Path(path)
-        return (HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer)(path, ends)
-
     @abstractmethod
     def encode_flat(self, texts: Sequence[str], threads: int = 0, special: bool = False) -> tuple[Ids, Lengths]:
         """Ids of n texts on ``threads`` threads (0: one for each core). No begin or end is added.
@@ -72,8 +56,16 @@ class Tokenizer(ABC):
             The ids of all texts one after another, and [n] how many each text has.
 
         Raises:
-            DataError: a text holds half a surrogate pair, or what the tokenizer has no token for.
+            DataError: a text holds half a surrogate pair, or what the tokenizer refuses for want of a token.
         """
+
+    def encode_prompts(self, prompts: Sequence[str], firsts: Sequence[bool], threads: int = 0) -> tuple[Ids, Lengths]:
+        """As :meth:`encode_flat`, of prompts as a tuned model is asked with them; special tokens by their words.
+
+        Args:
+            firsts: which prompts begin a text, and have ``begin`` before them; the others stand behind an answer's end.
+        """
+        return self.encode_flat(prompts, threads, special=True)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text], threads=1)[0]
@@ -104,6 +96,16 @@ class Tokenizer(ABC):
         ids, lengths = self.encode_flat([_BREAK, _BREAK + "a", "a"], 1)
         alone, behind, bare = np.split(ids, np.cumsum(lengths)[:-1])
         return alone[:0] if np.array_equal(behind, [*alone, *bare]) else alone
+
+    @property
+    def mark(self) -> TokenizerMark:
+        """What a dataset keeps of it."""
+        return TokenizerMark(sha256=self.sha256, vocabulary=self.vocabulary, begin=self.begin, eod=self.eod)
+
+    @property
+    def loses(self) -> bool:
+        """Whether characters that it has no token for vanish from a text."""
+        return False
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -142,10 +144,16 @@ def check_matches(tokenizer: Tokenizer, dataset: IndexedDataset) -> None:
     """
     if dataset.sidecar is None:
         return
-    made = dataset.sidecar.tokenizer
-    if (made.sha256, made.vocabulary) != (tokenizer.sha256, tokenizer.vocabulary):
+    made, given = dataset.sidecar.tokenizer, tokenizer.mark
+    if (made.sha256, made.vocabulary) != (given.sha256, given.vocabulary):
         raise DataError(
             f"{dataset.prefix}: was built with a tokenizer of {made.vocabulary} ids, SHA-256 {made.sha256[:16]}..., but"
             f" {tokenizer.path} has {tokenizer.vocabulary}, SHA-256 {tokenizer.sha256[:16]}...; give the tokenizer that"
             " built the dataset, or build the dataset again"
+        )
+    if made.eod is not None and made != given:
+        raise DataError(
+            f"{dataset.prefix}: its documents begin with ids {list(made.begin)} and end with {made.eod}, those of"
+            f" {tokenizer.path} with {list(given.begin)} and {given.eod}; look at the files beside that, which say so,"
+            " or build the dataset again"
         )

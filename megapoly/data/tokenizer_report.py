@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.readers import BadRecords, Document, read_texts
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
@@ -25,7 +26,7 @@ _WORD = re.compile(r"\w")
 
 def open_tokenizer(path: Path) -> Tokenizer:
     """Any tokenizer, also one that could not end a document."""
-    return Tokenizer.load(path, ends=False)
+    return load_tokenizer(path, ends=False)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

@@ -71,7 +71,7 @@ class Job(pydantic.BaseModel, frozen=True):
         return cls(
             tool=f"megapoly {megapoly.__version__}",
             language=language,
-            tokenizer=tokenizer.sha256,
+            tokenizer=f"{tokenizer.sha256}, {[*tokenizer.begin]} ... {tokenizer.eod}",
             piece_bytes=pieces.PIECE_BYTES,
             options={
                 "fields": list(options.fields),

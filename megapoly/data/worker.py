@@ -24,14 +24,16 @@ from typing import Any
 
 from megapoly.data.documents import Options
 from megapoly.data.encode import Encoder
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.pieces import Piece
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, MegapolyError
 
-# Modules are found where the parent finds them; numpy's library of matrices would start a thread for every core.
+# Modules are found where the parent finds them; numpy's library of matrices and that of tokenizers would start
+# a thread for every core.
 _START = """
 import os, sys
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path[:] = sys.argv[2:]
 from megapoly.data import worker
 worker.main(int(sys.argv[1]))
@@ -173,7 +175,7 @@ def main(descriptor: int) -> None:
 
 def _serve(connection: Connection) -> None:
     setup: Setup = _hear(connection)
-    tokenizer = Tokenizer.load(setup.model)
+    tokenizer = load_tokenizer(setup.model)
     if tokenizer.sha256 != setup.sha256:
         raise DataError(f"{setup.model}: has changed since the build began; give the file that it began with")
     encoder = Encoder(tokenizer, setup.language, setup.options)

@@ -49,19 +49,28 @@ def bleu_tokenizer(language: str) -> str:
     return {"ja": "ja-mecab", "zh": "zh", "ko": "char"}.get(language, "13a")
 
 
-def bleu(pairs: Sequence[Pair], language: str, bootstrap: int = 0) -> tuple[float, float | None]:
-    """sacreBLEU of a corpus into ``language``, of 100, and with ``bootstrap`` samples its standard error.
+def make_bleu(language: str) -> Any:
+    """sacreBLEU of texts in a language.
 
-    The error is a half of sacreBLEU's 95 % interval over 1.96.
+    Raises:
+        ConfigError: it, or the MeCab that it needs for Japanese, is not installed.
     """
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise ConfigError(f"BLEU needs sacrebleu: {_INSTALL}") from error
     try:
-        metric = BLEU(tokenize=bleu_tokenizer(language))
-    except RuntimeError as error:  # of MeCab, where it is not there
+        return BLEU(tokenize=bleu_tokenizer(language))
+    except RuntimeError as error:
         raise ConfigError(f"Japanese BLEU needs MeCab: {_INSTALL}") from error
+
+
+def bleu(pairs: Sequence[Pair], language: str, bootstrap: int = 0) -> tuple[float, float | None]:
+    """sacreBLEU of a corpus into ``language``, of 100, and with ``bootstrap`` samples its standard error.
+
+    The error is a half of sacreBLEU's 95 % interval over 1.96.
+    """
+    metric = make_bleu(language)
     texts, references = [text for text, _ in pairs], [[targets[0] for _, targets in pairs]]
     if bootstrap and len(pairs) > 1:
         found = metric.corpus_score(texts, references, n_bootstrap=bootstrap)

@@ -6,7 +6,7 @@ Texts become tokens as in the harness's ``HFLM``, so that the same weights have 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megapoly.errors import ConfigError, DataError
 from megapoly.evaluate.leader import Leader
-from megapoly.generate import Sampling
+from megapoly.generate import Question, Sampling
 
 Request: TypeAlias = tuple[Any, list[int], list[int]]  # something that names it, context, continuation
 Told = Callable[[str, float], object]
@@ -30,14 +30,21 @@ class HarnessModel(TemplateLM):
     Args:
         most: tokens of a text, instead of those that a task asks for.
         told: of what is done, and which share of it.
+        questions: tasks whose prompts are in the form of the tuned model.
 
     Attributes:
         truncated: task and number of the records of which the beginning was left out, since they were too long.
     """
 
-    def __init__(self, leader: Leader, most: int | None = None, told: Told = lambda what, share: None) -> None:
+    def __init__(
+        self,
+        leader: Leader,
+        most: int | None = None,
+        told: Told = lambda what, share: None,
+        questions: Container[str] = (),
+    ) -> None:
         super().__init__()
-        self._leader, self._most, self._told = leader, most, told
+        self._leader, self._most, self._told, self._questions = leader, most, told, questions
         self._vocabulary = leader.generator.vocabulary
         self._positions = leader.generator.positions
         self.truncated: set[tuple[str, int]] = set()
@@ -112,7 +119,7 @@ class HarnessModel(TemplateLM):
                 f"texts of {sampling.tokens} tokens leave no prompt in the model's {self._positions} positions; give"
                 f" --max-tokens {self._positions // 2} or so"
             )
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        prompts = [self._prompt(request) for request in requests]
         for request, prompt in zip(requests, prompts, strict=True):
             if len(prompt) > room:
                 self._note(request)
@@ -123,6 +130,11 @@ class HarnessModel(TemplateLM):
         # Of the tokens alone, as in HFLM: together with the prompt's, some tokenizers give a first space more.
         texts = (self._vocabulary.decode(each.tokens) for each in found)
         return [postprocess_generated_text(text, until, None) for text in texts]
+
+    def _prompt(self, request: Instance) -> list[int]:
+        text: str = request.args[0]
+        asked = request.task_name in self._questions
+        return self._vocabulary.encode(Question(text)) if asked else self.tok_encode(text)
 
 
 def _sampling(tokens: int, until: Sequence[str], options: dict[str, Any]) -> Sampling:

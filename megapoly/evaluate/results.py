@@ -150,7 +150,7 @@ def table(figures: Sequence[Figure]) -> Table:
         mine = [each for each in figures if (each.task, each.metric) == (task, metric)]
         if rows and (len({each.language for each in mine}) > 1 or rows[-1][1]):
             rows.append([""] * (3 + len(models)))
-        title = f"{task}, {title_of(metric)}"
+        title = f"{task}, {title_of(metric, figures)}"
         for language in _ordered(mine):
             cells = [_cell(at.get((model, task, metric, language))) for model in models]
             samples = max(each.samples for each in mine if each.language == language)
@@ -159,8 +159,14 @@ def table(figures: Sequence[Figure]) -> Table:
     return Table(["task", "language", "records", *models], rows)
 
 
-def title_of(metric: str) -> str:
-    return _TITLES.get(metric, metric)
+def title_of(metric: str, figures: Sequence[Figure]) -> str:
+    """What a metric is called; the name of the harness where a task among ``figures`` has two that are called alike."""
+    metrics: dict[str, set[str]] = {}
+    for each in figures:
+        metrics.setdefault(each.task, set()).add(each.metric)
+    title = _TITLES.get(metric, metric)
+    alike = (each for each in metrics.values() if metric in each)
+    return metric if any(_TITLES.get(other) == title for each in alike for other in each - {metric}) else title
 
 
 def chance_of(task: str) -> float | None:
@@ -185,14 +191,15 @@ def notes(figures: Sequence[Figure]) -> list[str]:
     ]
     if any(each.parts for each in without_averages(figures)):
         lines.append(
-            "The average of a group of lm-eval is as the group has it; of a tag, every task has the same weight."
+            "The average of a group of lm-eval is the group's own, where it has one of this metric; else all its tasks"
+            " weigh alike."
         )
     if any(each.task == BITS for each in figures):
         lines.append("Of bits per byte less is better, of all others more.")
     for task in dict.fromkeys(each.task for each in figures):
         asked: dict[str, dict[str, None]] = {}  # languages by how they are asked, in their order
         for each in figures:
-            if each.task == task and each.language and not each.parts:
+            if each.task == task and not each.parts:
                 asked.setdefault(_asked(each), {})[each.language] = None
         chance = chance_of(task)
         for how, languages in asked.items():
@@ -202,7 +209,7 @@ def notes(figures: Sequence[Figure]) -> list[str]:
     for each in cut.values():
         lines.append(
             f"{each.name}: {each.truncated:,} of {each.samples:,} records are longer than the positions of"
-            f" {each.model}; their beginning was left out, and likelihoods are of the rest, so do not compare them"
+            f" {each.model}; their beginning was left out, so do not compare them"
         )
     return lines
 

@@ -98,7 +98,6 @@ def evaluate(
     Raises:
         ConfigError, DataError: a request that does not fit the model.
     """
-    harness = HarnessModel(leader, options.most, told)
     # What an evaluation before this one has left is none of this model's.
     for each in tasks:
         each.task.set_fewshot_seed(_SEED)
@@ -107,6 +106,8 @@ def evaluate(
     for each in own:
         each.task.set_config("doc_to_text", tuned_prompt(BENCHMARKS[each.name], each.language, template))
     forms = {each.task.task_name: template.name for each in own}
+    own_form = forms if leader.generator.template is not None else ()
+    harness = HarnessModel(leader, options.most, told, own_form)
     groups = {name: group for each in tasks for name, group in each.groups.items()}
     with _quiet():
         found: Any = evaluator.evaluate(
@@ -183,6 +184,8 @@ def _own(benchmark: Benchmark, options: Options) -> Iterator[Prepared]:
             records = fetch_records(benchmark, language)
         else:
             records = read_records(benchmark, language, options.data)
+        if benchmark.metric == "bleu":
+            metrics.make_bleu(language.split("-")[-1])  # which may not be installed
         task = make_task(benchmark, language, records, shots=shots, tuned=options.tuned)
         yield Prepared(task, benchmark.name, language, benchmark.metric, records.split)
 
@@ -220,14 +223,16 @@ def _own_figure(
 def _with_covariances(
     figures: Sequence[Figure], tasks: Sequence[Prepared], samples: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[Figure]:
-    """The figures, those of translated records with their covariances; languages with other answers are others'."""
+    """The figures, those of translated records with their covariances; languages with other records are others'."""
     scores: dict[tuple[str, str], list[float]] = {}
-    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    alike: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
     for each in tasks:
         if each.name in BENCHMARKS and BENCHMARKS[each.name].translated:
             answered = sorted(samples[each.task.task_name], key=lambda sample: int(sample["doc_id"]))
             scores[each.name, each.language] = [100 * sample[each.metric] for sample in answered]
-            alike.setdefault((each.name, tuple(sample["target"] for sample in answered)), []).append(each.language)
+            records = [sample["doc"] for sample in answered]
+            numbers = (doc.get("id", doc.get("idx", i)) for i, doc in enumerate(records))
+            alike.setdefault((each.name, (each.split, *numbers)), []).append(each.language)
     shared = {(name, language): group for (name, _), group in alike.items() for language in group}
 
     def covariances(task: str, language: str) -> dict[str, float]:

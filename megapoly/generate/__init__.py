@@ -2,5 +2,6 @@
 
 from megapoly.generate.generator import Completion, Generator, Likelihood
 from megapoly.generate.sampling import Sampling
+from megapoly.generate.vocabulary import Question
 
-__all__ = ["Completion", "Generator", "Likelihood", "Sampling"]
+__all__ = ["Completion", "Generator", "Likelihood", "Question", "Sampling"]

@@ -8,8 +8,14 @@ from pathlib import Path
 from megapoly.checkpoint.huggingface import sha256, tokenizers_among
 from megapoly.checkpoint.weights import Weights, check_tokenizer
 from megapoly.data.huggingface_tokenizer import SETTINGS, HuggingFaceTokenizer, read_settings
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.errors import DataError
+
+
+class Question(str):
+    """A prompt in the form of a tuned model, whose ids are those that it was tuned with."""
+
+    __slots__ = ()
 
 
 class Vocabulary:
@@ -31,10 +37,10 @@ class Vocabulary:
     def __init__(self, weights: Weights, file: Path | None = None) -> None:
         self.path = _find(weights, file)
         self._before: list[int] = []
-        self._tokenizer = Tokenizer.load(self.path, ends=self.path.suffix != ".json")
+        self._tokenizer = load_tokenizer(self.path, ends=self.path.suffix != ".json")
         self.ends = _ends(weights, self._tokenizer.eod)
         own = not isinstance(self._tokenizer, HuggingFaceTokenizer)
-        if own or file is None:
+        if own or file is None or "huggingface" not in weights.origin:
             check_tokenizer(weights, self._tokenizer)
         if own and self._tokenizer.bos is not None and _begins(weights, self.path):
             self._before = [self._tokenizer.bos]
@@ -50,6 +56,8 @@ class Vocabulary:
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """Ids of a text; with ``begins`` after the token that begins one, where the model was trained with it."""
+        if isinstance(text, Question):
+            return self._tokenizer.encode_prompts([text], [True], threads=1)[0].tolist()
         if isinstance(self._tokenizer, HuggingFaceTokenizer):
             return self._tokenizer.encode_prompt(text, begins)
         ids = self._tokenizer.encode(text)
@@ -74,9 +82,10 @@ class Vocabulary:
 def _find(weights: Weights, file: Path | None) -> Path:
     found = [file] if file else tokenizers_among(weights.tokenizer)
     if not found:
+        notes = "".join(f" ({note})" for note in weights.notes)
         raise DataError(
             f"{weights.path}: comes with no tokenizer, neither a tokenizer.json nor a SentencePiece model; give one"
-            " with --tokenizer"
+            f" with --tokenizer{notes}"
         )
     return found[0]
 

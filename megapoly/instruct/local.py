@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from megapoly.checkpoint.weights import open_weights, template_of
 from megapoly.engine import DTYPES
-from megapoly.generate import Generator, Sampling
-from megapoly.instruct.config import Local
+from megapoly.generate import Generator, Question, Sampling
+from megapoly.instruct.config import Config, Local
 from megapoly.instruct.model import REFUSED, Answer, Fault, Tokens
 from megapoly.launch import choose_device
+
+
+def with_own_template(config: Config) -> Config:
+    """The config, where its local model was tuned by megapoly with the template of that, if it gives none.
+
+    Raises:
+        CheckpointError: there are no weights.
+    """
+    if config.local is None or config.local.template is not None:
+        return config
+    own = template_of(open_weights(config.local.path))
+    if own is None:
+        return config
+    local = config.local.model_copy(update={"template": own.turn("{prompt}")})
+    return config.model_copy(update={"local": local})
 
 
 class Checkpoint:
@@ -34,12 +50,10 @@ class Checkpoint:
 
     def start(self, ticket: int, number: int, prompt: str) -> None:
         """See :class:`megapoly.instruct.model.Model`."""
-        own = self._generator.template
         if self._template is not None:
             prompt = self._template.replace("{prompt}", prompt)
-        elif own is not None:
-            prompt = own.turn(prompt)
-        self._started.append((ticket, number, prompt))
+        tuned = self._generator.template is not None
+        self._started.append((ticket, number, Question(prompt) if tuned else prompt))
 
     def wait(self, seconds: float) -> list[tuple[int, Answer | Fault]]:
         """All that were started, however long that takes."""

@@ -19,9 +19,9 @@ from megapoly.data.builder import build
 from megapoly.data.huggingface_export import make_tokenizer_json
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.instructions import encode, to_example
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.records import Record
 from megapoly.data.templates import TEMPLATES, Template
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.run import prepare
 from megapoly.trainer import train
 from tests import tuning
@@ -94,7 +94,7 @@ def test_what_is_written(exported: tuple[Path, Template]) -> None:
     peer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
     assert peer.eos_token == "</s>"
     assert transformers.GenerationConfig.from_pretrained(folder / "hf").eos_token_id == peer.eos_token_id
-    tokenizer = Tokenizer.load(folder / "poly.model")
+    tokenizer = load_tokenizer(folder / "poly.model")
     spaces = [{"role": "system", "content": " "}, {"role": "user", "content": " a b \n", "input": " <noinput> "}]
     text = peer.apply_chat_template(spaces, tokenize=False)
     assert text == template.turn("a b")
@@ -115,7 +115,7 @@ def test_a_model_that_puts_a_space_before_text(tmp_path: Path, template: Templat
         sentence_iterator=iter(texts), model_prefix=str(tmp_path / "t"), model_type="bpe", vocab_size=420,
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
-    tokenizer = Tokenizer.load(tmp_path / "t.model")
+    tokenizer = load_tokenizer(tmp_path / "t.model")
     content = make_tokenizer_json(tokenizer)
     assert content is not None
     (tmp_path / "tokenizer.json").write_bytes(content)

@@ -25,7 +25,7 @@ from megapoly.cli import main
 from megapoly.config import Model
 from megapoly.config_file import read_toml
 from megapoly.context import ParallelContext
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError
 from megapoly.run import prepare
 from megapoly.spec import Box, Piece
@@ -173,7 +173,7 @@ def test_inspect_says_the_model_as_a_config_has_it(tmp_path: Path, capsys: pytes
 def test_transformers_has_the_same_tokens(run: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the oracle of this test")
     assert command("convert", run, tmp_path / "hf") == 0
-    own = Tokenizer.load(tmp_path / "hf" / "tokenizer.model")
+    own = load_tokenizer(tmp_path / "hf" / "tokenizer.model")
     assert own.sha256 == open_weights(run).tokenizer_sha256
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in ("abc  bad\n", " вадж abc", "日本 ①\t", "", "a" * 99):
@@ -211,7 +211,7 @@ def test_files_of_transformers_are_handed_on(run: Path, tmp_path: Path) -> None:
     shutil.copy(given, tmp_path / "spm.model")
     assert command("convert", hf, tmp_path / "given", "--tokenizer", tmp_path / "spm.model") == 0
     assert [path.name for path in (tmp_path / "given" / "tokenizer").iterdir()] == ["tokenizer.model"]
-    assert open_weights(tmp_path / "given").tokenizer_sha256 == Tokenizer.load(given).sha256
+    assert open_weights(tmp_path / "given").tokenizer_sha256 == load_tokenizer(given).sha256
 
 
 def test_a_checkpoint_of_weights_only(
@@ -296,8 +296,8 @@ def test_what_is_refused_is_one_message(
     )
     assert message(mixed, tmp_path / "new").startswith("model.norm is 'rms', and GPT-2, the models in transformers")
     (small,) = open_weights(run).tokenizer
-    vocabulary = Tokenizer.load(small).vocabulary
-    assert f"has {vocabulary} pieces, and the vocabulary of" in message(mixed, tmp_path / "new", "--tokenizer", small)
+    vocabulary = load_tokenizer(small).vocabulary
+    assert f"has {vocabulary} tokens, and the vocabulary of" in message(mixed, tmp_path / "new", "--tokenizer", small)
     assert not (tmp_path / "new").exists()
 
 

@@ -23,7 +23,7 @@ from megapoly.checkpoint.convert import convert
 from megapoly.checkpoint.weights import Options, open_weights
 from megapoly.cli import main
 from megapoly.config import Model, RopeScaling
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError
 from megapoly.spec import Box, Piece
 from tests.checkpoint.given import Given, logits, model, read_all
@@ -313,7 +313,7 @@ def test_the_vocabulary_of_a_tokenizer(toml: Path, tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit) as ended:
         main(["convert", str(tmp_path / "old"), str(tmp_path / "own"), "--tokenizer", str(tokenizer), "--verify"])
     assert ended.value.code == 0, capsys.readouterr().err
-    assert open_weights(tmp_path / "own").model.vocabulary == Tokenizer.load(tokenizer).vocabulary < 512
+    assert open_weights(tmp_path / "own").model.vocabulary == load_tokenizer(tokenizer).vocabulary < 512
 
 
 def test_the_vocabulary_of_a_tokenizer_that_adds_the_end_of_documents(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import zstandard
 from pyarrow import parquet
 from sentencepiece import sentencepiece_model_pb2
 
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.readers import BadRecord, Input, Reader, Record, open_reader, parse
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 from tests.data.fuzz import ODD, Case, damage
 
@@ -211,7 +211,7 @@ class Models:
         changed = self._changed_values(draw, whole) if draw.random() < 0.5 else damage(draw, whole)
         self._path.write_bytes(changed)
         try:
-            tokenizer = Tokenizer.load(self._path)
+            tokenizer = load_tokenizer(self._path)
         except DataError as error:
             if self._path.name not in str(error):
                 raise AssertionError(f"{error} names no file") from error

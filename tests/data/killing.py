@@ -20,7 +20,7 @@ from pathlib import Path
 from megapoly.data import encode, pieces
 from megapoly.data.builder import Assembly, Options, build
 from megapoly.data.indexed import IndexedDataset
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 
 
 def start(inputs, prefix, tokenizer, options):
@@ -96,7 +96,7 @@ def main(given):
     pieces.PIECE_BYTES, encode._BATCH_BYTES = given["piece"], given["piece"] // 3
     folder = Path(given["folder"])
     folder.mkdir()
-    found = rounds([given["inputs"]], folder, Tokenizer.load(given["model"]), given["rounds"], given["seed"])
+    found = rounds([given["inputs"]], folder, load_tokenizer(given["model"]), given["rounds"], given["seed"])
     print(json.dumps(list(found)))
 
 

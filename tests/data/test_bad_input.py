@@ -21,11 +21,12 @@ from megapoly import config as configuration
 from megapoly.data import _index
 from megapoly.data.builder import Options, build
 from megapoly.data.indexed import DTYPES, HEADER, IndexedDataset
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.loader import Loader, open_datasets
 from megapoly.data.merge import merge
 from megapoly.data.plan import Plan, plan_from_config
 from megapoly.data.segments import Source
-from megapoly.data.tokenizer import Tokenizer, check_matches
+from megapoly.data.tokenizer import check_matches
 from megapoly.data.verify import verify
 from megapoly.errors import ConfigError, DataError
 from tests import corpus
@@ -215,7 +216,7 @@ def run(toml, tmp_path):
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"en{suffix}").write_bytes((folder / f"en{suffix}").read_bytes())
     config = configuration.load(toml, [f'data.sources.en.path="{tmp_path / "en"}"'])
-    return config, Tokenizer.load(folder / "poly.model")
+    return config, load_tokenizer(folder / "poly.model")
 
 
 def read_all(config, datasets):
@@ -265,8 +266,8 @@ def test_a_tokenizer_of_the_same_size_and_another_content(toml, tmp_path):
     """The hash alone tells: a field that SentencePiece does not know changes nothing else."""
     model = (toml.parent / "poly.model").read_bytes()
     (tmp_path / "other.model").write_bytes(model + b"\x78\x01")
-    other = Tokenizer.load(tmp_path / "other.model")
-    assert other.encode("abc") == Tokenizer.load(toml.parent / "poly.model").encode("abc")
+    other = load_tokenizer(tmp_path / "other.model")
+    assert other.encode("abc") == load_tokenizer(toml.parent / "poly.model").encode("abc")
     config = configuration.load(toml)
     with pytest.raises(
         DataError, match=r"en: was built with a tokenizer of 323 ids, SHA-256 .* give the tokenizer that"
@@ -278,7 +279,7 @@ def test_a_tokenizer_of_the_same_size_and_another_content(toml, tmp_path):
 
 def test_text_of_another_encoding_is_not_built(toml, tmp_path):
     """Latin-1, UTF-16 with and without its mark, and UTF-8 that was cut inside of a character."""
-    tokenizer = Tokenizer.load(toml.parent / "poly.model")
+    tokenizer = load_tokenizer(toml.parent / "poly.model")
     text = '{"text": "für alle"}\n'
     for number, content in enumerate(
         (text.encode("latin-1"), text.encode("utf-16"), text.encode("utf-16-le"), text.encode()[:12] + b'"}\n')

@@ -19,7 +19,7 @@ import pytest
 from megapoly.data import encode, pieces
 from megapoly.data.builder import Assembly, Options, Progress, build
 from megapoly.data.indexed import IndexedDataset
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.errors import DataError
 from tests.data.building import SUFFIXES, contents, documents, write_corpus, write_lines
 
@@ -204,7 +204,7 @@ def test_workers_end_with_the_build(tmp_path, corpus, tokenizer, workers):
 
 def test_a_model_that_changes_meanwhile(tmp_path, corpus, tokenizer):
     (tmp_path / "t.model").write_bytes(tokenizer.path.read_bytes())
-    loaded = Tokenizer.load(tmp_path / "t.model")
+    loaded = load_tokenizer(tmp_path / "t.model")
     (tmp_path / "t.model").write_bytes(tokenizer.path.read_bytes() + b"\x32\x00")
     with pytest.raises(DataError, match=r"t\.model: "):
         build([corpus[0]], tmp_path / "d", loaded, language="xx", options=TWO)
@@ -313,10 +313,10 @@ from pathlib import Path
 from megapoly.data import encode
 from megapoly.data.builder import Options, build
 from megapoly.data.indexed import IndexedDataset
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.errors import DataError
 inputs, prefix, model, before = sys.argv[1:]
-prefix, tokenizer, replace = Path(prefix), Tokenizer.load(model), os.replace
+prefix, tokenizer, replace = Path(prefix), load_tokenizer(model), os.replace
 old = {suffix: prefix.with_suffix(suffix).read_bytes() for suffix in (".bin", ".idx", ".json")}
 for killed in range(100):
     child = os.fork()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapoly.data import _index
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.errors import DataError
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared/data/corpus"
@@ -196,7 +196,7 @@ def test_threads_change_nothing(pair):
 def test_what_is_not_covered_goes_to_the_library(options, why, tmp_path):
     model = _train(**options)
     (tmp_path / "t.model").write_bytes(model)
-    tokenizer = Tokenizer.load(tmp_path / "t.model")
+    tokenizer = load_tokenizer(tmp_path / "t.model")
     assert tokenizer.encoder.startswith("sentencepiece (")
     assert why in tokenizer.encoder
     texts = [" ".join(WORDS), "a<sep>b", ""]
@@ -209,7 +209,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
     for options in (VARIANTS["polylm"], {"model_type": "unigram"}):
         (tmp_path / "t.model").write_bytes(_train(**options))
         with pytest.raises(DataError, match="half a surrogate pair"):
-            Tokenizer.load(tmp_path / "t.model").encode_batch(["a\ud800b"])
+            load_tokenizer(tmp_path / "t.model").encode_batch(["a\ud800b"])
 
 
 @pytest.mark.parametrize("cases", [400, pytest.param(20_000, marks=pytest.mark.long)])
@@ -228,7 +228,7 @@ def test_damaged_models_are_refused_or_read_as_the_library_reads_them(tmp_path, 
                 damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
         (tmp_path / "t.model").write_bytes(damaged)
         try:
-            tokenizer = Tokenizer.load(tmp_path / "t.model")
+            tokenizer = load_tokenizer(tmp_path / "t.model")
         except DataError:
             refused += 1
             continue

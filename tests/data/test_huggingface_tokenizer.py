@@ -17,10 +17,12 @@ from megapoly.data.huggingface_export import make_tokenizer_json
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.instructions import encode as encode_examples
 from megapoly.data.instructions import to_example
+from megapoly.data.load_tokenizer import load_tokenizer
+from megapoly.data.merge import merge
 from megapoly.data.records import Record
 from megapoly.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megapoly.data.templates import TEMPLATES, Template
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.tokenizer import check_matches
 from megapoly.data.verify import verify
 from megapoly.errors import DataError
 from tests import tuning
@@ -59,8 +61,12 @@ def plain(folder: Path) -> Any:
     return made
 
 
-def llama(folder: Path) -> SentencePieceTokenizer:
-    """Write the tokenizer.json of a SentencePiece model that puts a space before a text; texts begin with ``<s>``."""
+def llama(folder: Path, first: bool) -> None:
+    """Write the tokenizer.json of a SentencePiece model; texts begin with ``<s>``, and a space stands before each.
+
+    Args:
+        first: not behind a special token.
+    """
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -75,6 +81,9 @@ def llama(folder: Path) -> SentencePieceTokenizer:
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", own.bos)]
     )
+    if first:
+        made.normalizer = tokenizers.normalizers.Sequence([])
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     made.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -82,21 +91,20 @@ def llama(folder: Path) -> SentencePieceTokenizer:
         "eos_token": "</s>",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return own
 
 
-@pytest.fixture(params=["byte level", "byte level, begins", "llama"])
+@pytest.fixture(params=["byte level", "byte level, begins", "llama", "llama, first"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder with a tokenizer.json and its settings."""
-    if request.param == "llama":
-        llama(tmp_path)
+    if "llama" in request.param:
+        llama(tmp_path, "first" in request.param)
     else:
         byte_level(tmp_path, begins="begins" in request.param)
     return tmp_path
 
 
 def test_ids_are_the_librarys(folder: Path) -> None:
-    tokenizer, peer = Tokenizer.load(folder / "tokenizer.json"), plain(folder)
+    tokenizer, peer = load_tokenizer(folder / "tokenizer.json"), plain(folder)
     expected = [peer.encode(text, add_special_tokens=False).ids for text in TEXTS]
     for threads in (1, 3, 0):
         assert tokenizer.encode_batch(TEXTS, threads) == expected
@@ -112,7 +120,7 @@ def test_ids_are_the_librarys(folder: Path) -> None:
 
 def test_bytes_of_tokens(folder: Path) -> None:
     """They sum to those of the text; a space that is put before it counts, and a special token is none."""
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     lengths = tokenizer.byte_lengths()
     space = tokenizer.piece(tokenizer.encode("a")[0]) != "a"
     for text in TEXTS:
@@ -123,7 +131,7 @@ def test_bytes_of_tokens(folder: Path) -> None:
 
 def test_documents(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its begin and end, and the same by one process as by several, whose interpreters load the file anew."""
-    tokenizer, peer = Tokenizer.load(folder / "tokenizer.json"), plain(folder)
+    tokenizer, peer = load_tokenizer(folder / "tokenizer.json"), plain(folder)
     texts = [text for text in TEXTS if text.strip()]
     source = tuning.write(folder / "in.jsonl", [{"text": text} for text in texts])
     options = Options(validation_fraction=0.1, processes=1, threads=2)
@@ -157,18 +165,27 @@ ROUNDS = [
 )], ids=lambda template: template.name)  # fmt: skip
 def test_instructions(folder: Path, template: Template) -> None:
     """A prompt is given by the ids that generation makes of it; the answer is learned, as text alone."""
-    tokenizer, peer, words = Tokenizer.load(folder / "tokenizer.json"), library(folder), plain(folder)
+    tokenizer, peer, words = load_tokenizer(folder / "tokenizer.json"), library(folder), plain(folder)
     examples = [to_example(Record(Path("x"), i, row), template) for i, row in enumerate(ROUNDS)]
     ids, lengths = encode_examples(tokenizer, examples, 2)
     before = len(words.encode("\n", add_special_tokens=False).ids)
     for example, found in zip(examples, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
         expected: list[int] = []
         for number, (prompt, answer) in enumerate(example.rounds):
-            expected += peer.encode(prompt, add_special_tokens=number == 0).ids
+            words_before = "".join(map(tokenizer.piece, tokenizer.begin)) if number == 0 else "</s>"
+            expected += peer.encode(words_before + prompt, add_special_tokens=False).ids[number > 0 :]
             learned = words.encode("\n" + answer, add_special_tokens=False).ids[before:]
             assert words.decode(learned, skip_special_tokens=False) == answer
             expected += [i + tokenizer.vocabulary for i in (*learned, tokenizer.eod)]
         assert found.tolist() == expected
+    # And as transformers asks a question.
+    chat = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    chat.chat_template = template.jinja("".join(map(tokenizer.piece, tokenizer.begin)))
+    for row, found in zip(ROUNDS, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+        messages = row.get("messages") or [{**row, "role": "user", "content": row["instruction"]}]
+        asked = [message for message in messages[:2] if message["role"] != "assistant"]
+        given = int((found >= tokenizer.vocabulary).argmax())
+        assert chat.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == found[:given].tolist()
 
 
 def test_a_double_break_before_an_answer(tmp_path: Path) -> None:
@@ -181,7 +198,7 @@ def test_a_double_break_before_an_answer(tmp_path: Path) -> None:
     made.add_special_tokens(["</s>"])
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     example = to_example(Record(Path("x"), 1, {"instruction": "q", "output": "a"}), TEMPLATES["multialpaca"])
     asked, together = made.encode("q\n\n").ids, made.encode("q\n\na").ids
     assert (len(asked), len(together)) == (2, 4)
@@ -196,14 +213,16 @@ def test_the_end_of_a_document(tmp_path: Path) -> None:
     end = library(tmp_path).token_to_id("</s>")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "no such token"}')
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
-    assert Tokenizer.load(path).eod == end
+    assert load_tokenizer(path).eod == end
     (tmp_path / "special_tokens_map.json").unlink()
     (tmp_path / "config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert Tokenizer.load(path).eod == 7
+    assert load_tokenizer(path).eod == 7
     (tmp_path / "config.json").write_text('{"eos_token_id": 9999}')
+    with pytest.raises(DataError, match="is a folder; give the tokenizer.json or the SentencePiece model in it"):
+        load_tokenizer(tmp_path)
     with pytest.raises(DataError, match=r"tokenizer\.json: no token is known that ends documents; expected an eos_tok"):
-        Tokenizer.load(path)
-    assert Tokenizer.load(path, ends=False).eod == -1
+        load_tokenizer(path)
+    assert load_tokenizer(path, ends=False).eod == -1
 
 
 def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +252,7 @@ def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_packs_of_instructions(folder: Path) -> None:
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     source = tuning.write(folder / "in.jsonl", ROUNDS * 5)
     options = Options(
         instructions=TEMPLATES["chat"], validation_fraction=0.0, threads=1, assembly=Assembly(pack=256)
@@ -249,3 +268,49 @@ def test_packs_of_instructions(folder: Path) -> None:
     for i in kept:
         assert dataset.document(i).tolist()[: len(begin)] == begin
         assert not dataset.learned(i)[: len(begin) + 1].any()
+
+
+def test_a_dataset_that_ends_otherwise(folder: Path) -> None:
+    """The file is the same, what is beside it is not."""
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    source = tuning.write(folder / "in.jsonl", [{"text": text} for text in TEXTS if text.strip()])
+    build([source], folder / "a", tokenizer, language="en", options=Options(threads=1))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<s>"}))
+    other = load_tokenizer(folder / "tokenizer.json")
+    with pytest.raises(DataError, match=rf"documents begin with ids .* and end with {tokenizer.eod}, those of"):
+        check_matches(other, IndexedDataset(folder / "a"))
+    build([source], folder / "b", other, language="en", options=Options(threads=1))
+    with pytest.raises(DataError, match="b: has as end of documents the id"):
+        merge([folder / "a", folder / "b"], folder / "m")
+
+
+def test_characters_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer without bytes and <unk> leaves them out, which is told."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"</s>": 0, "a": 1, "b": 2}, merges=[]))
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "t.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    assert tokenizer.loses
+    assert tokenizer.encode("aéb") == [1, 2]
+    source = tuning.write(tmp_path / "in.jsonl", [{"text": "ab"}] * 9)
+    with pytest.raises(SystemExit):
+        main(["data", "build", "--tokenizer", str(tmp_path / "t.json"), "--language", "en", "--output",
+              str(tmp_path / "d"), str(source)])  # fmt: skip
+    assert "characters that it has no token for are left out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_words_that_are_no_special_tokens(folder: Path) -> None:
+    """What ends or begins a text has to be written in a chat template."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    if Path(folder / "t.model").exists() or content.get("post_processor"):
+        with pytest.raises(DataError, match="'<s>' begins a text, and is no special token"):
+            load_tokenizer(folder / "tokenizer.json")
+        return
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    assert tokenizer.encode_prompts(["he"], [True])[0].tolist() == tokenizer.encode("he")
+    with pytest.raises(DataError, match="'</s>' ends documents, and is no special token"):
+        tokenizer.encode_prompts(["he"], [False])

@@ -17,11 +17,11 @@ from megapoly.data.builder import Assembly, Options, build
 from megapoly.data.indexed import IndexedDataset
 from megapoly.data.instructions import encode as encode_examples
 from megapoly.data.instructions import to_example
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.merge import merge
 from megapoly.data.records import BadRecord, Record
 from megapoly.data.samples import NOT_COUNTED, read, validation
 from megapoly.data.templates import TEMPLATES
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.data.verify import verify
 from megapoly.errors import ConfigError, DataError
 from tests import tuning
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return Tokenizer.load(folder / "poly.model")
+    return load_tokenizer(folder / "poly.model")
 
 
 def record(tmp_path, values):
@@ -158,7 +158,7 @@ def test_a_token_from_the_prompt_into_the_answer(tmp_path):
         sentence_iterator=iter(lines), model_prefix=str(tmp_path / "t"), model_type="bpe", vocab_size=13,
         byte_fallback=False, add_dummy_prefix=False, normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
-    tokenizer = Tokenizer.load(tmp_path / "t.model")
+    tokenizer = load_tokenizer(tmp_path / "t.model")
     template = PLAIN.model_copy(update={"user": "{instruction}x"})
     example = to_example(record(tmp_path, {"instruction": "a", "output": "y"}), template)
     (whole, prompt, answer) = tokenizer.encode("axy"), tokenizer.encode("ax"), tokenizer.encode("y")
@@ -416,7 +416,7 @@ def _wide(tmp_path, vocabulary):
         proto.pieces.add(piece=f"\ue000{number}", score=-1e6 - number)
     proto.trainer_spec.vocab_size = vocabulary
     (tmp_path / "wide.model").write_bytes(proto.SerializeToString())
-    return Tokenizer.load(tmp_path / "wide.model")
+    return load_tokenizer(tmp_path / "wide.model")
 
 
 def test_a_smaller_vocabulary_is_refused(folder, model):

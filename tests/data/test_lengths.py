@@ -15,8 +15,8 @@ from megapoly.data import parts
 from megapoly.data.builder import Options, build
 from megapoly.data.indexed import HEADER, IndexedDataset
 from megapoly.data.lengths import Lengths, count_lengths
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.merge import Assembly, merge
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 from tests.data.ondisk import patch, random_documents, write
 from tests.data.small import write_megatron
@@ -98,7 +98,7 @@ def run(capsys, *arguments):
 def english(toml, tmp_path_factory):
     """A dataset of sentences, their tokenizer, and the documents as they stand in the file."""
     folder = tmp_path_factory.mktemp("english")
-    tokenizer = Tokenizer.load(toml.parent / "poly.model")
+    tokenizer = load_tokenizer(toml.parent / "poly.model")
     build([toml.parent / "en.jsonl"], folder / "en", tokenizer, language="en", options=Options(validation_fraction=0.1))
     dataset = IndexedDataset(folder / "en")
     texts = [json.loads(line)["text"] for line in (toml.parent / "en.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megapoly.data import _index
 from megapoly.data.indexed import IndexedDataset
-from megapoly.data.tokenizer import Tokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.errors import DataError
 from tests.data.ondisk import VOCABULARY, random_documents, write
 from tests.data.small import write_megatron
@@ -89,7 +89,7 @@ def test_damaged_maps_of_characters_are_refused(folding, tmp_path, which):
         with pytest.raises(
             DataError, match=r"t\.model: is not a SentencePiece model \(its map of characters is damaged"
         ):
-            pytest.fail(f"{what}: {Tokenizer.load(tmp_path / 't.model').encoder}")
+            pytest.fail(f"{what}: {load_tokenizer(tmp_path / 't.model').encoder}")
         seen += 1
     assert seen == 14
 
@@ -142,7 +142,7 @@ def test_pieces_that_are_not_covered_go_to_the_library(bytes_model, tmp_path):
             encoder(model).encode(["a"], 1)
     path = tmp_path / "t.model"
     path.write_bytes(changed(first, type=5).SerializeToString())
-    loaded = Tokenizer.load(path)
+    loaded = load_tokenizer(path)
     assert loaded.encoder.startswith("sentencepiece (its piece ")
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     assert loaded.encode("the data für A") == library.encode("the data für A")
@@ -155,7 +155,7 @@ def test_a_piece_that_is_not_utf8_is_refused(bytes_model, tmp_path):
     path = tmp_path / "t.model"
     path.write_bytes(serialized.replace(word, b"f\xffxr"))
     with pytest.raises(DataError, match=r"t\.model: is not a SentencePiece model \(a piece is not UTF-8\); give one"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 # Threads

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from megapoly.data import tokenizer_training as module
 from megapoly.data.builder import build
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.readers import BadRecords
-from megapoly.data.tokenizer import Tokenizer, check_matches
+from megapoly.data.tokenizer import check_matches
 from megapoly.data.tokenizer_training import sampling_rates, train_tokenizer
 from megapoly.errors import DataError
 
@@ -204,11 +205,11 @@ def test_bad_records_are_counted_once_and_change_nothing(corpus, tokenizer, tmp_
 
 def test_bad_model_files(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"absent\.model: cannot be read \(No such file"):
-        Tokenizer.load(tmp_path / "absent.model")
+        load_tokenizer(tmp_path / "absent.model")
     for content in (b"", b"garbage" * 100, tokenizer.path.read_bytes()[:1000]):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(DataError, match=r"bad\.model: is not a SentencePiece model"):
-            Tokenizer.load(tmp_path / "bad.model")
+            load_tokenizer(tmp_path / "bad.model")
 
 
 def test_a_model_without_an_end_is_refused(tmp_path):
@@ -217,9 +218,9 @@ def test_a_model_without_an_end_is_refused(tmp_path):
         vocab_size=12, bos_id=-1, eos_id=-1, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"t\.model: has no control piece </s>"):
-        Tokenizer.load(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
-    assert Tokenizer.load(tmp_path / "t.model", ends=False).encode("some text") == own.encode("some text")
+    assert load_tokenizer(tmp_path / "t.model", ends=False).encode("some text") == own.encode("some text")
 
 
 def test_a_foreign_model_encodes_as_sentencepiece_does(tmp_path):
@@ -228,7 +229,7 @@ def test_a_foreign_model_encodes_as_sentencepiece_does(tmp_path):
         sentence_iterator=iter(["some text here", "and there"] * 10), model_prefix=str(tmp_path / "t"),
         model_type="bpe", vocab_size=290, byte_fallback=True, minloglevel=2,
     )  # fmt: skip
-    loaded = Tokenizer.load(tmp_path / "t.model")
+    loaded = load_tokenizer(tmp_path / "t.model")
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
     for text in ("some text", "a▁b", "ü"):
         assert loaded.encode(text) == own.encode(text)

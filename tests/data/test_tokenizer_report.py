@@ -14,9 +14,9 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 
 from megapoly.cli import main
 from megapoly.data import _index
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.readers import BadRecords
 from megapoly.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.data.tokenizer_check import check
 from megapoly.data.tokenizer_report import count_sentences, names_of, open_tokenizer, report
 from megapoly.data.tokenizer_training import train_tokenizer
@@ -167,7 +167,7 @@ def test_a_report_of_nothing(tmp_path, paths):
 
 
 def test_the_check_finds_every_difference_and_only_those(corpus, texts, paths, tmp_path):
-    tokenizer = Tokenizer.load(paths[0])
+    tokenizer = load_tokenizer(paths[0])
     rows = check(tokenizer, corpus)
     for row in rows:
         assert (row.different, row.first, row.documents) == (0, "", 30)
@@ -197,7 +197,7 @@ def test_a_model_of_the_library_alone_has_nothing_to_check(corpus, texts, tmp_pa
         minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"u\.model: is encoded by sentencepiece \(.*nothing to compare"):
-        check(Tokenizer.load(tmp_path / "u.model"), corpus)
+        check(load_tokenizer(tmp_path / "u.model"), corpus)
 
 
 @pytest.mark.long

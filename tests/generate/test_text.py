@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 
 from megapoly.data.huggingface_tokenizer import HuggingFaceTokenizer
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.generate.text import GrowingText
@@ -42,7 +43,7 @@ def tokenizer(request: pytest.FixtureRequest, toml: Path, tmp_path_factory: pyte
         return HuggingFaceTokenizer(folder / "tokenizer.json")
     # Of English alone, so that the other scripts fall back to bytes.
     made = train_tokenizer({"en": [toml.parent / "en.jsonl"]}, folder / "en.model", vocabulary=300)
-    return Tokenizer.load(made.path)
+    return load_tokenizer(made.path)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -65,7 +66,7 @@ def test_a_tokenizer_that_adds_a_space_before_every_text(toml: Path, tmp_path: P
         sentence_iterator=iter(lines), model_prefix=str(tmp_path / "llama"), vocab_size=300, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
-    tokenizer = Tokenizer.load(tmp_path / "llama.model")
+    tokenizer = load_tokenizer(tmp_path / "llama.model")
     text = "abc def 中 ghi"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text

@@ -136,8 +136,9 @@ def test_a_model_that_writes_no_tasks_ends_the_run(
 
 def test_a_checkpoint_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A random model writes no tasks, but is asked as an endpoint is."""
-    from megapoly.instruct.config import Local
-    from megapoly.instruct.local import Checkpoint
+    from megapoly.instruct.config import Local, load
+    from megapoly.instruct.local import Checkpoint, with_own_template
+    from megapoly.instruct.rounds import prompt_form
 
     models.save("llama", tmp_path / "model")
     settings = Local(path=tmp_path / "model", max_tokens=6, batch=3, device="cpu", template="Q {prompt} A")
@@ -161,7 +162,12 @@ def test_a_checkpoint_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixt
     tokenizer = tmp_path / "model/tokenizer_config.json"
     form = TEMPLATES["multialpaca"].model_dump()
     tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "megapoly_template": form}))
-    assert plain != wrapped == answers([1], bare)
+    config = load(runs.write(tmp_path, "http://none", '"en"'))
+    assert with_own_template(config) == config
+    own = with_own_template(config.model_copy(update={"endpoint": None, "local": bare}))
+    assert own.local is not None
+    assert plain != wrapped == answers([1], own.local)
+    assert prompt_form(own) == "chat"
     model = Checkpoint(settings, seed=4)
     model.start(0, 0, "long " * 100)
     ((_, refused),) = model.wait(0.0)

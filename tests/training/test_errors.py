@@ -15,8 +15,8 @@ from rich.console import Console
 from megapoly import config
 from megapoly.context import ParallelContext
 from megapoly.data import builder
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.merge import Assembly, merge
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.errors import CheckpointError, ConfigError, DataError, MegapolyError
 from megapoly.launch import choose_device
@@ -154,7 +154,7 @@ def test_a_changed_dataset_is_refused_on_resume(folder: Path, tmp_path: Path) ->
     go(toml, tmp_path / "run")
     options = builder.Options(validation_fraction=0.2, threads=1, overwrite=True)
     builder.build(
-        [folder / "ru.jsonl"], folder / "ru", Tokenizer.load(folder / "poly.model"), language="ru", options=options
+        [folder / "ru.jsonl"], folder / "ru", load_tokenizer(folder / "poly.model"), language="ru", options=options
     )
     with pytest.raises(DataError, match="source 'ru' has changed"):
         go(toml, tmp_path / "run", resume="always")

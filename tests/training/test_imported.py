@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 
 from megapoly import config
-from megapoly.checkpoint.convert import convert
+from megapoly.checkpoint.convert import convert, use_tokenizer
 from megapoly.checkpoint.weights import Options, open_weights
+from megapoly.cli import main
 from megapoly.context import ParallelContext
 from megapoly.data import builder
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.templates import TEMPLATES
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 from megapoly.generate import Generator, Sampling
 from megapoly.run import prepare
@@ -81,7 +82,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         assembly=builder.Assembly(pack=LENGTH, shuffle=1),
         bad_records="skip",
     )
-    tokenizer = Tokenizer.load(made / "hf" / "tokenizer.json")
+    tokenizer = load_tokenizer(made / "hf" / "tokenizer.json")
     builder.build([source], made / "es", tokenizer, language="es", options=options)
     model = open_weights(made / "hf").model.model_dump(mode="json", exclude_defaults=True)
     keys = "".join(f"{key} = {say(value)}\n" for key, value in model.items())
@@ -173,7 +174,7 @@ def test_another_tokenizer(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes(path.with_name("tokenizer_config.json").read_bytes())
     rows = tuning.write(tmp_path / "x.jsonl", [{"text": f"hello {i}"} for i in range(99)])
     options = builder.Options(threads=1, validation_fraction=0.0)
-    builder.build([rows], tmp_path / "es", Tokenizer.load(tmp_path / "other.json"), language="es", options=options)
+    builder.build([rows], tmp_path / "es", load_tokenizer(tmp_path / "other.json"), language="es", options=options)
     sets = [f"data.tokenizer={str(tmp_path / 'other.json')!r}", f"data.sources.es.path={str(tmp_path / 'es')!r}"]
     settings = config.load(folder / "run.toml", [*sets, f"train.directory={str(tmp_path / 'run')!r}"]).on(1)
     with pytest.raises(DataError, match=r"other\.json: is not the tokenizer that .*hf was trained with"):
@@ -196,3 +197,64 @@ def test_another_tokenizer(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_bytes(content)
     with pytest.raises(DataError, match=r"other\.json: is not the tokenizer that"):
         Generator.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_what_ends_a_text_is_handed_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Known from a config.json, or beside a null: through every format, to transformers and to answers."""
+    content = (folder / "hf" / "tokenizer.json").read_bytes()
+    for name, settings in (("config", None), ("null", '{"eos_token": null, "tokenizer_class": "LlamaTokenizer"}')):
+        place = tmp_path / name
+        place.mkdir()
+        (place / "my.json").write_bytes(content)
+        (place / "config.json").write_text('{"eos_token_id": 1}')
+        if settings:
+            (place / "tokenizer_config.json").write_text(settings)
+        rows = tuning.write(place / "x.jsonl", [{"instruction": f"hello {i}", "output": "world"} for i in range(99)])
+        options = builder.Options(
+            instructions=TEMPLATES["chat"], threads=1, validation_fraction=0.0, assembly=builder.Assembly(pack=LENGTH)
+        )
+        builder.build([rows], place / "es", load_tokenizer(place / "my.json"), language="es", options=options)
+        sets = [f"data.tokenizer={str(place / 'my.json')!r}", f"data.sources.es.path={str(place / 'es')!r}"]
+        settings_of = config.load(folder / "run.toml", [*sets, f"train.directory={str(place / 'run')!r}"]).on(1)
+        train(prepare(settings_of, ParallelContext.create(settings_of.mesh)), Console(quiet=True), stop_step=1)
+        convert(open_weights(place / "run"), place / "own", "megapoly", Options())
+        convert(open_weights(place / "run"), place / "megatron", "megatron", Options())
+        for source in ("run", "own", "megatron"):
+            convert(open_weights(place / source), place / f"{source}-hf", "huggingface", Options())
+            peer = transformers.AutoTokenizer.from_pretrained(place / f"{source}-hf")
+            assert (peer.eos_token, type(peer).__name__) == ("</s>", "TokenizersBackend")
+            assert peer.apply_chat_template([QUESTION], tokenize=False).startswith("<s><|user|>\nhello\nworld")
+            assert json.loads((place / f"{source}-hf" / "config.json").read_text())["eos_token_id"] == 1
+            for each in (place / source, place / f"{source}-hf"):
+                assert Generator.open(each).vocabulary.ends == {1}
+    # The same file by another name without any settings is the run's own.
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "b.json").write_bytes(content)
+    use_tokenizer(weights := open_weights(tmp_path / "null" / "run"), tmp_path / "bare" / "b.json")
+    assert weights.tokenizer == (tmp_path / "bare" / "b.json",)
+    (tmp_path / "bare" / "b.json").write_bytes(content + b" ")
+    with pytest.raises(DataError, match=r"b\.json: is not the tokenizer that"):
+        Generator.open(tmp_path / "null" / "run", tmp_path / "bare" / "b.json")
+    (tmp_path / "null" / "my.json").rename(tmp_path / "moved.json")
+    with pytest.raises(DataError, match=r"comes with no tokenizer.*my\.json: the run's tokenizer is not"):
+        Generator.open(tmp_path / "null" / "run")
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "null" / "run"), str(tmp_path / "without")])
+    assert "my.json: the run's tokenizer is not there any more" in "".join(capsys.readouterr().out.split("\n"))
+
+
+def test_what_transformers_reads_otherwise_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a Qwen2, whose splitting of text it has in its code."""
+    with pytest.raises(SystemExit):
+        main(["convert", str(folder / "run"), str(folder / "told"), "--to", "huggingface", "--verify"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("by Qwen's rule for every model of this kind" in told) == ("qwen2" in folder.name)
+    tokenizer, text = load_tokenizer(folder / "told" / "tokenizer.json"), "Año 1984: los programas\n\nestán aquí."
+    auto, plain = (
+        each.from_pretrained(folder / "told")(text, add_special_tokens=False).input_ids
+        for each in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)
+    )
+    assert plain == tokenizer.encode(text)
+    if auto != plain:
+        assert "makes other ids of" in told

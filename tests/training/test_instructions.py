@@ -23,9 +23,9 @@ from megapoly.context import ParallelContext
 from megapoly.data.builder import Options as BuildOptions
 from megapoly.data.builder import build
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.samples import Batch, read, validation
 from megapoly.data.templates import TEMPLATES
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import Engine
 from megapoly.errors import DataError, TrainingError
 from megapoly.run import Run, open_data, prepare
@@ -252,7 +252,7 @@ def test_the_template_is_handed_on(toml: Path, tuned: Path, tmp_path: Path, caps
         at = tmp_path / name
         assert template_of(open_weights(at)) == PLAIN
     texts = [{"text": row["output"]} for row in tuning.records("es") if "output" in row]
-    tokenizer = Tokenizer.load(toml.parent / "poly.model")
+    tokenizer = load_tokenizer(toml.parent / "poly.model")
     source = tuning.write(tmp_path / "plain.jsonl", texts)
     build([source], tmp_path / "plain", tokenizer, language="es", options=BuildOptions(threads=1))
     (stage,) = config.load(toml).document()["data"]["stages"]
@@ -283,7 +283,7 @@ def test_the_template_is_handed_on(toml: Path, tuned: Path, tmp_path: Path, caps
 
 
 def test_several_templates_are_refused(toml: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(toml.parent / "poly.model")
+    tokenizer = load_tokenizer(toml.parent / "poly.model")
     options = BuildOptions(instructions=TEMPLATES["chat"], threads=1, longest=LENGTH)
     source = toml.parent / "th.jsonl"
     build([source], tmp_path / "th", tokenizer, language="th", options=options)
@@ -294,7 +294,7 @@ def test_several_templates_are_refused(toml: Path, tmp_path: Path) -> None:
 
 
 def test_a_stream_is_told(toml: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(toml.parent / "poly.model")
+    tokenizer = load_tokenizer(toml.parent / "poly.model")
     options = BuildOptions(instructions=PLAIN, threads=1)
     build([toml.parent / "th.jsonl"], tmp_path / "th", tokenizer, language="th", options=options)
     th = f"data.sources.th={{path={str(tmp_path / 'th')!r},language='th'}}"

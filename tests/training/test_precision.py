@@ -25,10 +25,10 @@ from rich.console import Console
 
 from megapoly import config
 from megapoly.context import ParallelContext
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.loader import open_datasets
 from megapoly.data.plan import plan_from_config
 from megapoly.data.samples import read
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import DTYPES, Engine
 from megapoly.optim.adam import AdamW
 from megapoly.optim.buffers import Buffers
@@ -96,7 +96,7 @@ def test_the_same_over_a_change_of_layout(toml: Path, tmp_path: Path, wide: list
 def gradient(built: Engine, scale: float) -> torch.Tensor:
     """Of the first 160 samples, one in a micro-batch."""
     settings = built.config
-    datasets = open_datasets(settings.data, Tokenizer.load(settings.data.tokenizer))
+    datasets = open_datasets(settings.data, load_tokenizer(settings.data.tokenizer))
     plan = plan_from_config(settings, datasets)
     rows = read(
         plan, datasets, np.arange(160),

@@ -14,10 +14,10 @@ from megapoly import config
 from megapoly.checkpoint import folders, store
 from megapoly.context import ParallelContext
 from megapoly.data.indexed import IndexedDataset
+from megapoly.data.load_tokenizer import load_tokenizer
 from megapoly.data.loader import open_datasets
 from megapoly.data.plan import Plan, plan_from_config
 from megapoly.data.samples import read
-from megapoly.data.tokenizer import Tokenizer
 from megapoly.engine import Engine
 from megapoly.errors import ConfigError, TrainingError
 from megapoly.optim.lr import learning_rate
@@ -39,7 +39,7 @@ def poison(folder: Path, plan: Plan, samples: range) -> None:
 
 def opened(toml: Path) -> tuple[Plan, dict[str, IndexedDataset]]:
     settings = config.load(toml)
-    datasets = open_datasets(settings.data, Tokenizer.load(settings.data.tokenizer))
+    datasets = open_datasets(settings.data, load_tokenizer(settings.data.tokenizer))
     return plan_from_config(settings, datasets), datasets
 
 
