@@ -218,7 +218,7 @@ def test_the_end_of_a_document(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": [7, 8]}')
     assert load_tokenizer(path).eod == 7
     (tmp_path / "config.json").write_text('{"eos_token_id": 9999}')
-    with pytest.raises(DataError, match="is a folder; give the tokenizer.json or the SentencePiece model in it"):
+    with pytest.raises(DataError, match=r"is a folder; give the tokenizer\.json or the SentencePiece model in it"):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match=r"tokenizer\.json: no token is known that ends documents; expected an eos_tok"):
         load_tokenizer(path)
