@@ -80,8 +80,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_prompts(self, prompts: Sequence[str], firsts: Sequence[bool], threads: int = 0) -> tuple[Ids, Lengths]:
         """As of :class:`Tokenizer`, and so as transformers has the text of a chat."""
-        begin, end = "".join(map(self.piece, self.begin)), self.piece(self.eod)
         first = np.array(firsts, np.bool_)
+        begin, end = "".join(map(self.piece, self.begin)), "" if first.all() else self.piece(self.eod)
         texts = [(begin if given else end) + prompt for prompt, given in zip(prompts, first)]
         ids, lengths = self.encode_flat(texts, threads, special=True)
         starts = (np.cumsum(lengths) - lengths)[~first]

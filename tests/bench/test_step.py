@@ -113,6 +113,7 @@ def test_what_cannot_be_measured_is_refused(options, against, layouts, says):
         step.measure(options, against, layouts)
 
 
+@pytest.mark.long
 def test_the_command_gives_every_row(tmp_path, capsys):
     path, folder = tmp_path / "rows.json", tmp_path / "results"
     with pytest.raises(SystemExit, match="0"):

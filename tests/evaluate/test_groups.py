@@ -15,10 +15,12 @@ from tests.evaluate import benchmark
 models = pytest.importorskip("tests.generate.models", exc_type=ImportError)
 pytest.importorskip("lm_eval", reason="the harness")
 
+import tokenizers  # noqa: E402
 from lm_eval import evaluator  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from megapoly.cli.common import write_rows  # noqa: E402
+from megapoly.data.templates import TEMPLATES  # noqa: E402
 from megapoly.evaluate import run  # noqa: E402
 from megapoly.evaluate.leader import Leader  # noqa: E402
 from megapoly.evaluate.model import HarnessModel  # noqa: E402
@@ -124,3 +126,31 @@ def test_the_error_over_translated_records(leader: Leader, tmp_path: Path) -> No
     (all_three,) = averages(figures)
     assert all_three.error == pytest.approx(((2 * both.error) ** 2 + alone["id"] ** 2) ** 0.5 / 3)
     assert json.loads(json.dumps(figures[1].row()))["covariances"].keys() == {"zh"}
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_ids_of_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuned: bool) -> None:
+    """Those that a model was tuned with: its tokenizer ends a text, too, and a question goes on."""
+    folder, data = tmp_path / "model", benchmark.make(tmp_path / "data")
+    models.save("llama", folder, 256)
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    made.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = {"megapoly_template": TEMPLATES["chat"].model_dump()} if tuned else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **template}))
+    asked: list[list[int]] = []
+
+    def generate(self: Leader, prompts: Any, *rest: Any) -> Any:
+        asked.extend(map(list, prompts))
+        return self.generator.generate(prompts, rest[0])
+
+    monkeypatch.setattr(Leader, "generate", generate)
+    options = run.Options(["wmt20"], languages=["de-en"], data=data, tuned=True, most=4, limit=2)
+    _, samples = run.evaluate(Leader(Generator.open(folder)), "m", run.prepare(options), options, lambda *_: None)
+    texts = [sample["arguments"][0][0] for sample in samples]
+    assert all(text.startswith("<|user|>\n") == tuned for text in texts)
+    bare = [made.encode(text, add_special_tokens=False).ids for text in texts]
+    assert asked == [[0, *ids] if tuned else [0, *ids, 1] for ids in bare]

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "heads": 4, "key_value_heads": 2},
     "bloom": {"family": "bloom", "heads": 4},
 }
+LONG = {("polylm", "fp32"), ("llama", "fp64")}  # half a minute each
 
 
 def steps(
@@ -37,8 +38,14 @@ def steps(
     return [result.loss, result.gradient_norm], [bucket.values.clone() for bucket in built.buffers.buckets]
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-12), ("fp32", 3e-5)])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    ("family", "precision", "tolerance"),
+    [
+        pytest.param(family, *precision, marks=pytest.mark.long if (family, precision[0]) in LONG else ())
+        for family in CASES
+        for precision in (("fp64", 1e-12), ("fp32", 3e-5))
+    ],
+)
 def test_a_step_by_kernels_is_that_by_references(family: str, precision: str, tolerance: float) -> None:
     """In fp32 with documents, which the attention's kernel keeps apart; in float64 attention has no kernel."""
     documents = precision == "fp32"

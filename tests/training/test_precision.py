@@ -87,7 +87,7 @@ def ranks(rank: int, size: int, toml: Path, run: Path, precision: str) -> None:
         go(size, toml, run, precision, layout, stop_step=stop_step)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_the_same_over_a_change_of_layout(toml: Path, tmp_path: Path, wide: list[float], precision: str) -> None:
     run_ranks(4, ranks, toml, tmp_path / "run", precision)
     assert apart([event["loss"] for event in lines(tmp_path / "run", "train")], wide) < CURVE[precision]
