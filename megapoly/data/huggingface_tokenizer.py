@@ -130,8 +130,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def loses(self) -> bool:
         """Whether a character that it has no token for vanishes."""
         try:
-            return not self._plain.encode("\ue0b7", add_special_tokens=False).ids  # of private use
-        except Exception:  # as above: such a character is refused
+            return not self.encode("\ue0b7")  # of private use
+        except DataError:  # such a character is refused
             return False
 
     @cached_property
@@ -146,15 +146,19 @@ class HuggingFaceTokenizer(Tokenizer):
         return plain
 
     def _before(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text."""
-        try:
-            bare, whole = (self._tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, True))
-        except Exception:  # it has no token for this letter
-            return ()
-        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-        begin = tuple(whole[: next(starts, 0)]) if bare else ()
+        """What the tokenizer puts before a text: before a letter, or the first of its own words that it has."""
+        begin: tuple[int, ...] = ()
+        for text in chain("a", self._tokenizer.get_vocab(with_added_tokens=False)):
+            try:
+                bare, whole = self.encode_prompt(text, begins=False), self.encode_prompt(text)
+            except DataError:  # it has no token for this
+                continue
+            if bare:
+                starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+                begin = tuple(whole[: next(starts, 0)])
+                break
         words = "".join(map(self.piece, begin))
-        if tuple(self._tokenizer.encode(words, add_special_tokens=False).ids) != begin:
+        if tuple(self.encode_prompt(words, begins=False)) != begin:
             raise DataError(f"{self.path}: {words!r} begins a text, and is no special token; add it to added_tokens")
         return begin
 

@@ -301,6 +301,21 @@ def test_characters_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "characters that it has no token for are left out" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_begins_a_text_without_latin_letters(tmp_path: Path) -> None:
+    """It is found by a word that the tokenizer has: of this one "a" is refused, with <unk> it would be a token."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "水": 2}, unk_token="<unk>"))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    made.save(str(tmp_path / "t.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    assert (tokenizer.begin, tokenizer.eod, tokenizer.loses) == ((0,), 1, False)
+    with pytest.raises(DataError, match="cannot encode a text"):
+        tokenizer.encode("a")
+
+
 def test_words_that_are_no_special_tokens(folder: Path) -> None:
     """What ends or begins a text has to be written in a chat template."""
     content = json.loads((folder / "tokenizer.json").read_text())
