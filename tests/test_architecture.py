@@ -70,7 +70,7 @@ OPTIONAL_IMPORTS: frozenset[tuple[str, str]] = frozenset(
         ("kernels/megapoly_kernels/aot.py", "triton.compiler"),
         ("kernels/megapoly_kernels/apex_ops.py", "amp_C"),
         ("kernels/megapoly_kernels/apex_ops.py", "fused_layer_norm_cuda"),
-        ("kernels/megapoly_kernels/attention.py", "flash_attn"),
+        ("kernels/megapoly_kernels/attention_libraries.py", "flash_attn"),
         ("megapoly/bench/rouge.py", "rouge_score"),
         ("megapoly/checkpoint/verification.py", "transformers"),
         ("megapoly/charts/figure.py", "matplotlib"),

@@ -17,155 +17,20 @@ Gradients: of the inputs, the results and the log-sum-exp are kept. No atomics: 
 from __future__ import annotations
 
 import math
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.nn.functional import scaled_dot_product_attention
 
 from megapoly_kernels import attention_tiles_backward, attention_tiles_forward
+from megapoly_kernels.attention_libraries import by_flash_attn, by_sdpa, flash_attn_library
+from megapoly_kernels.attention_reference import attention_reference, attention_reference_backward, by_group, scale_of
 from megapoly_kernels.attention_tiles import empty_like
 from megapoly_kernels.launch import known_backend, runs_triton, wide_dtype
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn")
-
-
-def attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    slopes: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """``out`` and the log-sum-exp, as :func:`attention_with_lse`, with all scores in memory."""
-    queries = _grouped(query, key)
-    scores = _scores(queries, key, cu_seqlens, slopes, _scale(scale, query), causal)
-    lse = scores.logsumexp(-1)
-    out = (scores - lse.unsqueeze(-1)).exp() @ value.to(scores.dtype).unsqueeze(2)
-    return out.to(query.dtype).view(query.shape), lse.view(query.shape[:-1])
-
-
-def _grouped(query: Tensor, key: Tensor) -> Tensor:
-    """[B, G, Q, S, D], a view."""
-    return query if query.ndim == 5 else query.unflatten(1, (key.shape[1], query.shape[1] // max(key.shape[1], 1)))
-
-
-def _scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(wide_dtype(x))
-
-
-def _scores(
-    queries: Tensor, key: Tensor, cu_seqlens: Tensor | None, slopes: Tensor | None, scale: float, causal: bool
-) -> Tensor:
-    """[B, G, Q, S, T] in promote(dtype, fp32), -inf where nothing is seen."""
-    scores = scale * (_wide(queries) @ _wide(key).unsqueeze(2).mT)
-    s, t = scores.shape[-2:]
-    if slopes is not None:
-        scores = scores + _biases(slopes, s, t, scores.dtype).unflatten(0, queries.shape[1:3])
-    visible = _visible(queries, t, cu_seqlens, causal)
-    return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
-
-
-def _biases(slopes: Tensor, s: int, t: int, dtype: torch.dtype) -> Tensor:
-    """[A, S, T] of ALiBi."""
-    at, keys = torch.arange(t - s, t, device=slopes.device), torch.arange(t, device=slopes.device)
-    return slopes.detach().to(dtype)[:, None, None] * -(at.unsqueeze(1) - keys).abs()
-
-
-def _visible(queries: Tensor, t: int, cu_seqlens: Tensor | None, causal: bool) -> Tensor | None:
-    """[B or 1, 1, 1, S, T], whether a query sees a key; None where it sees all."""
-    b, s, device = queries.shape[0], queries.shape[-2], queries.device
-    visible = None
-    if cu_seqlens is not None:
-        tokens = torch.arange(b * s, dtype=cu_seqlens.dtype, device=device)
-        number = torch.searchsorted(cu_seqlens, tokens, right=True).view(b, 1, 1, s)
-        visible = number.unsqueeze(-1) == number.unsqueeze(-2)
-    if causal and s > 1:
-        earlier = torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
-        visible = earlier.expand(1, 1, 1, s, t) if visible is None else visible & earlier
-    return visible
-
-
-def _sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor | None,
-    slopes: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    """By PyTorch's own attention, which is quick on a CPU too."""
-    queries = _grouped(query, key)
-    b, g, q, s, d = queries.shape
-    t = key.shape[2]
-    mask: Tensor | None = None
-    whole = causal and s == t and cu_seqlens is None and slopes is None
-    if not whole:
-        mask = _visible(queries, t, cu_seqlens, causal)
-        if slopes is not None:
-            biases = _biases(slopes, s, t, wide_dtype(query)).view(1, g, q, s, t)
-            mask = biases if mask is None else biases.masked_fill(~mask, -torch.inf)
-        if mask is not None:
-            mask = mask.flatten(1, 2)
-            mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
-    if s == 1 and q > 1:  # the queries of a group stand like a sequence, so that its keys are not copied for each
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.reshape(-1, g, q, t)
-        out = scaled_dot_product_attention(queries.reshape(b, g, q, d), key, value, attn_mask=mask, scale=scale)
-    else:
-        # Not the symbols that a compiler would make of them.
-        plain, grouped = (True if each else False for each in (whole and s > 1, q > 1))  # noqa: SIM210
-        out = scaled_dot_product_attention(
-            queries.flatten(1, 2), key, value, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped
-        )
-    return out.reshape(query.shape)
-
-
-@cache
-def _flash_attn() -> Any:
-    try:
-        import flash_attn
-    except ImportError as error:
-        raise ImportError(
-            "attention: the back end flash_attn is not installed: pip install flash-attn --no-build-isolation"
-        ) from error
-    return flash_attn
-
-
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor | None,
-    slopes: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    """By the package flash-attn, which takes [B, S, A, D], and of documents all tokens as one sequence."""
-    library = _flash_attn()
-    q, k, v = (x.transpose(1, 2) for x in (_grouped(query, key).flatten(1, 2), key, value))
-    given: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "deterministic": True}
-    given["alibi_slopes"] = None if slopes is None else slopes.float()
-    if cu_seqlens is None:
-        out = library.flash_attn_func(q, k, v, **given)
-    else:
-        length = query.shape[-2]  # no document is longer
-        flat = library.flash_attn_varlen_func(
-            *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, cu_seqlens, length, length, **given
-        )
-        out = flat.unflatten(0, (-1, length))
-    return out.transpose(1, 2).reshape(query.shape)
 
 
 def attention_forward(
@@ -184,7 +49,7 @@ def attention_forward(
         )
         return empty_like(query).copy_(out), lse
     out, lse = attention_tiles_forward.forward(
-        _dense(_grouped(query, key)), _dense(key), _dense(value), cu_seqlens, slopes, scale, causal
+        _dense(by_group(query, key)), _dense(key), _dense(value), cu_seqlens, slopes, scale, causal
     )
     return out.flatten(1, 2) if query.ndim == 4 else out, lse.view(query.shape[:-1])
 
@@ -195,32 +60,14 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, of those of ``out`` and of the log-sum-exp."""
     if not _by_kernels(query):
-        return _backward_reference(
+        return attention_reference_backward(
             d_out, d_lse, query, key, value, out, lse, cu_seqlens, slopes, scale, causal
         )  # fmt: skip
     dq, dk, dv = attention_tiles_backward.backward(
-        _dense(_grouped(d_out, key)), None if d_lse is None else d_lse.contiguous(), _dense(_grouped(query, key)),
-        _dense(key), _dense(value), _dense(_grouped(out, key)), lse.contiguous(), cu_seqlens, slopes, scale, causal,
+        _dense(by_group(d_out, key)), None if d_lse is None else d_lse.contiguous(), _dense(by_group(query, key)),
+        _dense(key), _dense(value), _dense(by_group(out, key)), lse.contiguous(), cu_seqlens, slopes, scale, causal,
     )  # fmt: skip
     return dq.flatten(1, 2) if query.ndim == 4 else dq, dk, dv
-
-
-def _backward_reference(
-    d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, slopes: Tensor | None, scale: float, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    queries, d_wide = _grouped(query, key), _wide(_grouped(d_out, key))
-    scores = _scores(queries, key, cu_seqlens, slopes, scale, causal)
-    p = (scores - lse.view(queries.shape[:-1]).unsqueeze(-1)).exp()
-    delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    if d_lse is not None:
-        delta = delta - d_lse
-    ds = scale * p * (d_wide @ _wide(value).unsqueeze(2).mT - delta.view(queries.shape[:-1]).unsqueeze(-1))
-    wide = ds @ _wide(key).unsqueeze(2), (ds.mT @ _wide(queries)).sum(2), (p.mT @ d_wide).sum(2)
-    grads = [empty_like(x) for x in (query, key, value)]
-    for grad, each in zip(grads, wide, strict=True):
-        grad.copy_(each.view(grad.shape))
-    return grads[0], grads[1], grads[2]
 
 
 def _by_kernels(query: Tensor) -> bool:
@@ -300,7 +147,7 @@ def resolve(backend: str, query: Tensor) -> str:
             "choose auto or sdpa"
         )
     if backend == "flash_attn":
-        _flash_attn()
+        flash_attn_library()
     return backend
 
 
@@ -334,13 +181,13 @@ def attention(
         ImportError: a back end that is not installed.
     """
     query, key, value = _autocast(query, key, value)
-    scale = _scale(scale, query)
+    scale = scale_of(scale, query)
     _check(query, key, value, cu_seqlens, slopes, scale, causal)
     backend = resolve(backend, query)
     if backend == "sdpa":
-        return _sdpa(query, key, value, cu_seqlens, slopes, scale, causal)
+        return by_sdpa(query, key, value, cu_seqlens, slopes, scale, causal)
     if backend == "flash_attn":
-        return _flash(query, key, value, cu_seqlens, slopes, scale, causal)
+        return by_flash_attn(query, key, value, cu_seqlens, slopes, scale, causal)
     out: Tensor = _attention(query, key, value, cu_seqlens, slopes, scale, causal)[0]
     return out
 
@@ -361,7 +208,7 @@ def attention_with_lse(
     CPU all scores are held in memory.
     """
     query, key, value = _autocast(query, key, value)
-    scale = _scale(scale, query)
+    scale = scale_of(scale, query)
     _check(query, key, value, cu_seqlens, slopes, scale, causal)
     out, lse = _attention(query, key, value, cu_seqlens, slopes, scale, causal)
     return out, lse

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly_kernels.attention import attention_reference
+from megapoly_kernels.attention_reference import attention_reference
 
 
 class Norms(types.ModuleType):

@@ -13,13 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megapoly_kernels import attention_tiles_backward, attention_tiles_forward
 from megapoly_kernels.attention import (
-    _flash_attn,
     attention,
     attention_backward,
     attention_forward,
-    attention_reference,
     attention_with_lse,
 )
+from megapoly_kernels.attention_libraries import flash_attn_library
+from megapoly_kernels.attention_reference import attention_reference
 from megapoly_kernels.launch import triton
 from tests.kernels.rule import DEVICE, DTYPES, GPU, check, kernels, needs_triton
 from tests.kernels.stand_ins import Flash
@@ -313,7 +313,7 @@ def test_autocast() -> None:
 
 def test_other_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(2, 2, 2, 9, 16)
-    _flash_attn.cache_clear()
+    flash_attn_library.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ImportError, match="pip install flash-attn"):
         attention(*given, backend="flash_attn")
@@ -324,7 +324,7 @@ def test_other_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
             wanted = attention_reference(*given, **options)[0]
             for backend in ("sdpa", "flash_attn", "auto"):
                 torch.testing.assert_close(attention(*given, **options, backend=backend), wanted, rtol=1e-4, atol=1e-5)
-    _flash_attn.cache_clear()
+    flash_attn_library.cache_clear()
     if not GPU:
         with pytest.raises(ValueError, match="is for GPUs and no float64"):
             attention(*given, backend="triton")

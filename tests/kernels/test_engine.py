@@ -14,7 +14,7 @@ from megapoly.config import Kernels
 from megapoly.engine import Engine
 from megapoly.errors import ConfigError
 from megapoly_kernels import apex_ops
-from megapoly_kernels.attention import _flash_attn
+from megapoly_kernels.attention_libraries import flash_attn_library
 from tests.kernels.rule import GPU, kernels, needs_triton
 from tests.kernels.stand_ins import Adam, Flash, Norms
 from tests.parity import cases
@@ -119,5 +119,5 @@ def test_a_chosen_back_end_that_is_missing_ends_the_run(
 
 def forget() -> None:
     """What was found of packages."""
-    for each in (apex_ops.norms, apex_ops.adam, _flash_attn):
+    for each in (apex_ops.norms, apex_ops.adam, flash_attn_library):
         each.cache_clear()
