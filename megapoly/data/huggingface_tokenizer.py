@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -146,9 +146,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return plain
 
     def _before(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text: before a letter, or the first of its own words that it has."""
+        """What the tokenizer puts before a text: before a letter, or the first of its own words that it encodes."""
         begin: tuple[int, ...] = ()
-        for text in chain("a", self._tokenizer.get_vocab(with_added_tokens=False)):
+        for text in chain("a", self._words()):
             try:
                 bare, whole = self.encode_prompt(text, begins=False), self.encode_prompt(text)
             except DataError:  # it has no token for this
@@ -161,6 +161,12 @@ class HuggingFaceTokenizer(Tokenizer):
         if tuple(self.encode_prompt(words, begins=False)) != begin:
             raise DataError(f"{self.path}: {words!r} begins a text, and is no special token; add it to added_tokens")
         return begin
+
+    def _words(self) -> Iterator[str]:
+        """Its words that are no special tokens, by id: the library's dictionary has another order in each process."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        yield from sorted(vocabulary.keys() - {token.content for token in added.values()}, key=vocabulary.__getitem__)
 
     def _named(self, name: str) -> int | None:
         """The id of the token of a name, ``eos_token`` or ``bos_token``, as the files beside say."""
