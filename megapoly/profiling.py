@@ -54,12 +54,18 @@ class Profiler:
         steps: an empty range profiles nothing.
         folder: of the run.
         note: prints on the terminal of rank 0.
+        settle: waits for all messages that a step has left under way.
     """
 
     def __init__(
-        self, steps: range, folder: Path, context: ParallelContext, note: Callable[[RenderableType], None]
+        self,
+        steps: range,
+        folder: Path,
+        context: ParallelContext,
+        note: Callable[[RenderableType], None],
+        settle: Callable[[], None],
     ) -> None:
-        self._steps, self._context, self._note = steps, context, note
+        self._steps, self._context, self._note, self._settle = steps, context, note, settle
         self.path = folder / FOLDER / f"rank-{context.rank}.pt.trace.json.gz"
         self._profile: profile | None = None
         self._done: list[int] = []
@@ -96,10 +102,8 @@ class Profiler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._profile is not None and error is None:
+        if self._profile is not None and error is None:  # after an error, what is under way never ends: see _finish
             self._finish()
-        elif self._profile is not None:
-            self._profile.stop()
 
     def _begin(self) -> None:
         gpu = self._context.device.type == "cuda"
@@ -109,6 +113,7 @@ class Profiler:
     def _finish(self) -> None:
         assert self._profile is not None
         traced, self._profile, self._steps = self._profile, None, range(0)
+        self._settle()  # gloo's messages write their end into the events, of which none is there after stop
         if self._context.device.type == "cuda":
             torch.cuda.synchronize(self._context.device)
         traced.stop()

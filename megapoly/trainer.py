@@ -43,7 +43,8 @@ def train(
     recorder = Recorder(run.config, run.context, [source.name for source in run.plan.sources], console, last, answers)
     try:
         _announce(run, recorder)
-        with Profiler(profile, run.config.train.directory, run.context, recorder.note) as profiler:
+        settle = run.engine.buffers.settle
+        with Profiler(profile, run.config.train.directory, run.context, recorder.note, settle) as profiler:
             profiler.announce(run.counters.step + 1, last)
             _loop(run, recorder, profiler, last, stopping)
     finally:
