@@ -93,26 +93,31 @@ def settings(case: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     keys["recompute"], keys["recompute_every"] = keys["recompute"]
     keys["attention_dropout"] = keys["dropout"] / 2
     stages = keys["pp"] * (2 if keys["schedule"] in ("interleaved", "zero-bubble-v") else 1)
-    uneven = keys.pop("stage_layers") == "uneven"
-    if uneven:  # the ends hold as little as may be, the first but one the rest
-        middle = stages - 2
-        keys["stage_layers"] = (0, 9 - max(0, middle - 1), *(1,) * (middle - 1), 0) if middle > 0 else (8, 1)
+    keys["layers"] = layers = 9 if stages == 8 else 5  # one more than the most stages: balanced ones are unequal, too
+    if keys.pop("stage_layers") == "uneven":  # the ends hold as little as may be, the first but one the rest
+        rest = layers - stages + 3
+        keys["stage_layers"] = (layers - 1, 1) if stages == 2 else (0, rest, *(1,) * (stages - 3), 0)
     documents = keys.pop("documents")
     return {**keys, "bucket_mb": 0.05}, documents
 
 
+def shape_of(keys: dict[str, Any]) -> Shape:
+    """What of the keys of ``cases.config`` is the model's."""
+    return tuple((key, keys[key]) for key in cases.MODEL if key in keys)
+
+
 @functools.cache
-def one_process(dropout: float, documents: bool, shape: Shape = ()) -> tuple[list[float], dict[str, np.ndarray]]:
-    keys = {"dropout": dropout, "attention_dropout": dropout / 2, **dict(shape)}
-    numbers, gradients = cases.one_pass(0, 1, cases.config(dp=1, micro_batch=8, **keys), documents)
+def one_process(shape: Shape, documents: bool) -> tuple[list[float], dict[str, np.ndarray]]:
+    numbers, gradients = cases.one_pass(0, 1, cases.config(dp=1, micro_batch=8, **dict(shape)), documents)
     return numbers, cases.reassemble([gradients])
 
 
 def check(size: int, chosen: list[dict[str, Any]], shape: Shape = ()) -> None:
     """Every combination gives what one process does; ``shape`` has further keys of ``cases.config``."""
-    runs = [(cases.config(**keys, **dict(shape)), documents) for keys, documents in map(settings, chosen)]
-    for case, results in zip(chosen, run_cases(size, cases.one_pass, runs, timeout=3000)):
-        numbers, expected = one_process(case["dropout"], case["documents"], shape)
+    keys = [({**keys, **dict(shape)}, documents) for keys, documents in map(settings, chosen)]
+    runs = [(cases.config(**each), documents) for each, documents in keys]
+    for case, (each, documents), results in zip(chosen, keys, run_cases(size, cases.one_pass, runs, timeout=3000)):
+        numbers, expected = one_process(shape_of(each), documents)
         for found, _ in results:
             np.testing.assert_allclose(found, numbers, rtol=GRADIENTS, err_msg=str(case))
         try:
@@ -155,18 +160,18 @@ def check_ten_steps(size: int, layouts: list[tuple[int, int, int]]) -> None:
             and cases.BATCH // (case["dp"] * case["micro_batch"]) <= 4  # few messages: these are many steps
         ]
         chosen.append(random.Random(f"steps {layout}").choice(group))
-    runs = [(cases.config(**keys), STEPS) for keys, _ in map(settings, chosen)]
-    for case, results in zip(chosen, run_cases(size, cases.some_steps, runs, timeout=600)):
-        numbers, weights = ten_steps(case["dropout"])
+    keys = [keys for keys, _ in map(settings, chosen)]
+    runs = [(cases.config(**each), STEPS) for each in keys]
+    for case, each, results in zip(chosen, keys, run_cases(size, cases.some_steps, runs, timeout=600)):
+        numbers, weights = ten_steps(shape_of(each))
         for found, _ in results:
             np.testing.assert_allclose(found, numbers, rtol=WEIGHTS, err_msg=str(case))
         cases.assert_close(cases.reassemble(pieces for _, pieces in results), weights, WEIGHTS)
 
 
 @functools.cache
-def ten_steps(dropout: float) -> tuple[list[float], dict[str, np.ndarray]]:
-    alone = cases.config(dp=1, micro_batch=8, dropout=dropout, attention_dropout=dropout / 2)
-    numbers, weights = cases.some_steps(0, 1, alone, STEPS)
+def ten_steps(shape: Shape) -> tuple[list[float], dict[str, np.ndarray]]:
+    numbers, weights = cases.some_steps(0, 1, cases.config(dp=1, micro_batch=8, **dict(shape)), STEPS)
     return numbers, cases.reassemble([weights])
 
 
