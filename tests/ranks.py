@@ -27,7 +27,10 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # pytest, because a child imports the main script, and the others because most tests import them.
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest", "hypothesis", "pydantic"])
+# torch itself imports torch._dynamo and sympy, seconds of work, in the first backward pass and recomputation.
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch._dynamo", "numpy.random", "pytest", "hypothesis", "pydantic"]
+)
 _GRACE = 0.3  # seconds after a first failure in which others are heard, so that a killed rank is named before its peers
 
 
