@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
@@ -62,6 +62,8 @@ def cuda_extension():
 
 
 CUDA, BUILD = cuda_extension()
+if not CUDA:  # PyTorch's BuildExtension has ninja for this, and without ninja changes the compiler from file to file
+    ParallelCompile("MAX_JOBS").install()
 
 setup(
     name="megapoly",
