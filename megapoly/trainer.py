@@ -127,6 +127,8 @@ def _steps(
     while run.counters.step < last_step:
         with profiler.step(run.counters.step + 1):
             result = _step(run, recorder, loader, stopping())
+            if profiler.ends_with(run.counters.step):
+                run.doing = f"after step {run.counters.step}, writing the profile"
         step, began = run.counters.step, run.counters.sample - result.samples
         if result.skipped == "nonfinite":
             run.guards.skip(step, result.loss, result.gradient_norm)

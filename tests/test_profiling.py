@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megapoly.profiling import parse_steps
 from megapoly.run import prepare
 from megapoly.trainer import train
 from tests.ranks import run_ranks
+from tests.training.torchrun import command, linux, started
 
 
 def test_the_steps_of_a_profile() -> None:
@@ -107,6 +109,19 @@ def test_steps_outside_of_the_run_are_said(
     else:
         found = names(run / "profile" / "rank-1.pt.trace.json.gz")
         assert sorted(name for name in found if name.startswith("Profiler")) == [f"ProfilerStep{n}" for n in written]
+
+
+@linux
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "dp=1"), (2, "dp=2"), (2, "pp=2")])
+def test_a_run_that_fails_while_it_is_profiled(ranks: int, layout: str, toml: Path, tmp_path: Path) -> None:
+    """By an error that all ranks share, with which the process ends as any does."""
+    sets = ("optimizer.learning_rate=1e30", "validation.windows=0", f"layout.{layout}", "model.init_std=1e3")
+    arguments = [word for value in sets for word in ("--set", value)]
+    with started(command(toml, tmp_path / "run", "--profile", "steps=2..9", *arguments, ranks=ranks)) as process:
+        out, _ = process.communicate(timeout=90)
+    assert "is not finite" in out, out
+    assert re.findall(r"exitcode  : (\S+)", out) == ["1"] * ranks, out
+    assert not (tmp_path / "run" / "profile").exists()
 
 
 def test_no_steps_no_profile(toml: Path, tmp_path: Path) -> None:

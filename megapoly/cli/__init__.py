@@ -85,7 +85,11 @@ def train(
     ] = None,
     stop_step: Annotated[int | None, typer.Option(min=1, help="Save and end after this step.")] = None,
     profile: Annotated[
-        str | None, typer.Option(metavar="steps=A..B", help="Trace these steps, for Perfetto or TensorBoard.")
+        str | None,
+        typer.Option(
+            metavar="steps=A..B",
+            help="Trace these steps, for Perfetto or TensorBoard. Few are enough: training waits for the files.",
+        ),
     ] = None,
 ) -> None:
     """Train a model, alone or as one rank of a torchrun.
