@@ -29,7 +29,7 @@ def read_prompts(path: Path) -> list[str]:
     """
     try:
         content = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
-        lines = content.decode().splitlines() if path == STDIN else content.decode().split("\n")
+        lines = content.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a file with one prompt a line") from error
     except UnicodeDecodeError as error:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megapoly import rng
 from megapoly.errors import ConfigError
-from megapoly.layers.call import accumulation_dtype
 from megapoly_kernels import philox
 
 _FEW = 1024  # likeliest tokens that are sorted first, when top_p asks for as many as it takes
@@ -81,20 +80,21 @@ def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
 
     They need not sum to 1; those that are cut off are 0. With ids they fall from left to right.
     """
-    scores_BV = logits_BV.to(accumulation_dtype(logits_BV.dtype)) / sampling.temperature
+    scores_BV = logits_BV.double()
+    scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / sampling.temperature  # of which none is too large
     vocabulary = scores_BV.shape[-1]
     if 0 < sampling.top_k < vocabulary:
         least_B1 = scores_BV.topk(sampling.top_k).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < least_B1, -torch.inf)
     if sampling.top_p == 1:
-        return scores_BV.double().softmax(-1), None
-    total_B1 = scores_BV.double().logsumexp(-1, keepdim=True)
+        return scores_BV.softmax(-1), None
+    total_B1 = scores_BV.logsumexp(-1, keepdim=True)
     few = min(_FEW, vocabulary)
     ordered_BK, ids_BK = scores_BV.topk(few)
-    probabilities_BK = (ordered_BK.double() - total_B1).exp()
+    probabilities_BK = (ordered_BK - total_B1).exp()
     if few < vocabulary and bool((probabilities_BK.sum(-1) < sampling.top_p).any()):
         ordered_BK, ids_BK = scores_BV.sort(descending=True, stable=True)
-        probabilities_BK = (ordered_BK.double() - total_B1).exp()
+        probabilities_BK = (ordered_BK - total_B1).exp()
     before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
     cut_BK = before_BK >= sampling.top_p
     cut_BK[:, 0] = False

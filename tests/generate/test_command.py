@@ -101,9 +101,10 @@ def test_a_tokenizer_that_cannot_be_proven_is_told(
 def test_prompts_from_the_input(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("hello\r\nสวัสดี\n".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffhello\r\nสวัส\u2028ดี\n".encode())))
     run(folder, "--prompts", "-", "--tokens", "3", "--temperature", "0", "--jsonl", "-")
-    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["hello", "สวัสดี"]
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == ["hello", "สวัส\u2028ดี"]
 
 
 def test_a_file_keeps_the_rounds_before_an_interruption(

@@ -76,6 +76,14 @@ def test_the_ends_of_the_interval_draw_tokens_that_may_be() -> None:
     assert choose(logits, Sampling(temperature=0), None, torch.empty(0)).tolist() == [2]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_least_temperatures_take_the_likeliest(temperature: float, options: dict[str, Any]) -> None:
+    logits = torch.tensor([[1000.0, 1002.0, 1001.0, -1000.0, -torch.inf]])
+    drawn = choose(logits, Sampling(temperature=temperature, **options), None, torch.tensor([0.999]).double())
+    assert drawn.tolist() == [1]
+
+
 def test_a_penalised_token_loses_whatever_its_sign() -> None:
     logits, seen = torch.tensor([[2.0, 1.9, -1.0, -1.1]]), torch.tensor([[True, False, True, False]])
     sampling = Sampling(temperature=0, repetition_penalty=1.5)
