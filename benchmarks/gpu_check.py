@@ -165,6 +165,7 @@ def main() -> int:
     logs = ROOT / "build/gpu-check"
     for folder in (logs, results):
         folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, parts would ignore it
     end, outcomes = time.monotonic() + SECONDS, []
     for part in parts(given.device, results):
         print(f"{part.name}: python {shlex.join(part.arguments)}", flush=True)

@@ -120,7 +120,8 @@ def test_a_run_that_fails_while_it_is_profiled(ranks: int, layout: str, toml: Pa
     with started(command(toml, tmp_path / "run", "--profile", "steps=2..9", *arguments, ranks=ranks)) as process:
         out, _ = process.communicate(timeout=90)
     assert "is not finite" in out, out
-    assert re.findall(r"exitcode  : (\S+)", out) == ["1"] * ranks, out
+    codes = set(re.findall(r"exitcode  : (\S+)", out)) - {"-15"}  # torchrun may end a rank before it ends by itself
+    assert codes == {"1"}, out
     assert not (tmp_path / "run" / "profile").exists()
 
 
