@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -261,6 +262,22 @@ def run_meshed(tp: int, pp: int, device: str, work: Callable[[ParallelContext], 
     return 0
 
 
+@contextmanager
+def _faulty(rank: int, size: int) -> Iterator[None]:
+    """Of several ranks one with a fault of the program says so and ends at once, as the cause, before its peers do."""
+    try:
+        yield
+    except MegapolyError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if size == 1:
+            raise
+        _tell_torchrun(repr(error), lost_a_peer=False)
+        _say(f"rank {rank}: {traceback.format_exc()}")
+        sys.stdout.flush()
+        os._exit(1)  # messages are under way that may never end
+
+
 def _failed(error: MegapolyError, text: str, size: int, local_rank: int) -> int:
     """Say an error, once on each machine where all ranks share it; the exit code."""
     if local_rank == 0 or not error.everywhere:
@@ -299,7 +316,12 @@ def run_training(
         timeout = datetime.timedelta(seconds=config.layout.timeout_seconds)
         store = _fresh_store() if size > 1 else dist.HashStore()
         watchdog = _watchdog(config, rank, store)
-        with watchdog, parallel(config.mesh, rank, device, store, timeout) as context, _listening(stop):
+        with (
+            watchdog,
+            parallel(config.mesh, rank, device, store, timeout) as context,
+            _listening(stop),
+            _faulty(rank, size),
+        ):
             run = prepare(config, context, resume, init_from)
             watchdog.watch(run.standing)
             train(run, console, stop_step=stop_step, stopping=lambda: stop.asked, profile=profiled)

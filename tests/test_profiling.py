@@ -125,6 +125,18 @@ def test_a_run_that_fails_while_it_is_profiled(ranks: int, layout: str, toml: Pa
     assert not (tmp_path / "run" / "profile").exists()
 
 
+@linux
+def test_a_rank_with_a_fault_of_the_program_while_it_is_profiled(toml: Path, tmp_path: Path) -> None:
+    """It ends with its traceback, and its peer names it: neither by the gathers that are under way."""
+    fault = ("1", "optimizer", "3", "fail")
+    arguments = command(toml, tmp_path / "run", "--profile", "steps=2..9", ranks=2, fault=fault)
+    with started(arguments) as process:
+        out, _ = process.communicate(timeout=90)
+    assert re.search(r"megapoly: rank 1: Traceback[\s\S]*in fail\n[\s\S]*ValueError: a fault of the program", out), out
+    assert "ValueError('a fault of the program')" in out.split("Root Cause")[1], out
+    assert set(re.findall(r"exitcode  : (\S+)", out)) - {"-15"} == {"1"}, out
+
+
 def test_no_steps_no_profile(toml: Path, tmp_path: Path) -> None:
     run_ranks(2, profiled, toml, tmp_path / "run", range(0))
     assert not (tmp_path / "run" / "profile").exists()

@@ -1,7 +1,7 @@
 """``megapoly`` with a fault: ``python -m tests.training.faults RANK POINT CALL FAULT train ...``.
 
-At the CALL-th call of POINT on RANK, FAULT happens: kill, stop (SIGSTOP) or sleep. Under slow it sleeps a little at
-every call from then on. After a restart by torchrun nothing happens.
+At the CALL-th call of POINT on RANK, FAULT happens: kill, stop (SIGSTOP), sleep or fail. Under slow it sleeps a
+little at every call from then on. After a restart by torchrun nothing happens.
 """
 
 from __future__ import annotations
@@ -34,10 +34,17 @@ POINTS: dict[str, tuple[Any, str]] = {
     "save": (store, "_write_rank"),
     "manifest": (store, "_finish"),  # on rank 0 only
 }
+
+
+def fail() -> None:
+    raise ValueError("a fault of the program")
+
+
 FAULTS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "sleep": lambda: time.sleep(1000),
+    "fail": fail,
     "slow": lambda: time.sleep(0.02),
 }
 
